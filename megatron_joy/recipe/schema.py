@@ -1,0 +1,170 @@
+"""The schema of a recipe, one pydantic model per section: what a key is called, its type, its range, its meaning.
+
+Only single-field rules live here. What relates two keys is in `validate.py`; what follows from other keys is in
+`derive.py`. Names are Hugging Face's where a `config.json` has the quantity, Megatron-core's otherwise
+(docs/glossary.md has the table).
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A frozen table of a recipe that refuses keys it doesn't know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The architecture (facts: arXiv 2604.03044 Table 1, dimensions of the released weights)."""
+
+    vocab_size: PositiveInt = Field(description="Entries of the embedding and of the head; at least the tokenizer's.")
+    hidden_size: PositiveInt = Field(description="Width of the residual stream.")
+    num_hidden_layers: PositiveInt = Field(description="Decoder layers, the MTP layer not counted.")
+    first_k_dense_replace: NonNegativeInt = Field(1, description="How many of the first layers have a dense MLP.")
+    num_attention_heads: PositiveInt = Field(description="Attention heads of every layer.")
+    q_lora_rank: PositiveInt = Field(description="Width of MLA's query latent.")
+    kv_lora_rank: PositiveInt = Field(description="Width of MLA's key-value latent (what generation caches).")
+    qk_nope_head_dim: PositiveInt = Field(description="Per head, query and key width without rotary position.")
+    qk_rope_head_dim: PositiveInt = Field(description="Per head, query width with rotary position; the key's is shared.")
+    v_head_dim: PositiveInt = Field(description="Per head, value width.")
+    intermediate_size: PositiveInt = Field(description="Inner width of the dense MLPs (first layers and MTP).")
+    moe_intermediate_size: PositiveInt = Field(description="Inner width of one expert.")
+    n_routed_experts: PositiveInt = Field(description="Routed experts of a MoE layer.")
+    num_experts_per_tok: PositiveInt = Field(description="Experts that each token is routed to (top-k).")
+    n_shared_experts: PositiveInt = Field(1, description="Shared experts, run on every token, neither gated nor scaled.")
+    routed_scaling_factor: PositiveFloat = Field(2.5, description="Factor on the normalised routing weights.")
+    router_bias_update_rate: NonNegativeFloat = Field(
+        1e-3, description="gamma of the aux-loss-free balance: bias += gamma * sign(mean load - load) after each step."
+    )
+    num_nextn_predict_layers: Literal[0, 1] = Field(1, description="Dense multi-token-prediction layers.")
+    mtp_loss_factor: NonNegativeFloat = Field(0.1, description="Weight of the MTP loss beside the main loss.")
+    rope_theta: PositiveFloat = Field(32_000_000.0, description="Base of the rotary position frequencies.")
+    max_position_embeddings: PositiveInt = Field(131_072, description="Longest sequence the model is meant for.")
+    rms_norm_eps: PositiveFloat = Field(1e-6, description="Epsilon of every RMSNorm.")
+    initializer_range: PositiveFloat = Field(0.02, description="Standard deviation of initial weights.")
+    backend: Literal["auto", "portable", "te"] = Field(
+        "auto", description="Building blocks: plain torch (portable), Transformer Engine (te), or te where it runs."
+    )
+
+
+class LayoutSection(Section):
+    """How the model and the batch are spread over processes."""
+
+    tensor_model_parallel_size: PositiveInt = Field(1, description="TP: each matrix is split over so many ranks.")
+    pipeline_model_parallel_size: PositiveInt = Field(1, description="PP: stages of layers.")
+    virtual_pipeline_model_parallel_size: PositiveInt = Field(
+        1, description="VPP: interleaved chunks of layers on each stage; 1 is plain 1F1B."
+    )
+    pipeline_layer_counts: list[PositiveInt] | None = Field(
+        None, description="Decoder layers of each pipeline chunk, in model order (PP x VPP numbers); none means equal."
+    )
+    context_parallel_size: PositiveInt = Field(1, description="CP: each sequence is split over so many ranks.")
+    expert_model_parallel_size: PositiveInt = Field(1, description="EP: routed experts are spread over so many ranks.")
+    expert_tensor_parallel_size: PositiveInt = Field(1, description="ETP: each expert's matrices are split so often.")
+    data_parallel_size: PositiveInt = Field(1, description="DP: replicas; world size is TP x CP x PP x DP.")
+    sequence_parallel: bool | None = Field(
+        None, description="Split norms and residuals over TP ranks along the sequence; derived: true when TP > 1."
+    )
+    distributed_optimizer: bool | None = Field(
+        None, description="ZeRO-1, optimizer state sharded over DP; derived: true when DP x CP > 1."
+    )
+
+
+class PrecisionSection(Section):
+    """Number formats of training. Router scores and losses are always fp32."""
+
+    params_dtype: Literal["fp32", "bf16"] = Field("bf16", description="Weights and activations; masters stay fp32.")
+
+
+class SourceEntry(Section):
+    """One data source of a blend."""
+
+    manifest: str = Field(description="Path of a folder of shards with manifest.json (relative to where you start).")
+    weight: PositiveFloat = Field(1.0, description="Share of this source in the blend, in tokens, before normalising.")
+
+
+class DataSection(Section):
+    """What is read. The order of samples is a pure function of the recipe's seed, the blend and the manifests."""
+
+    sequence_length: PositiveInt = Field(description="Tokens of a training sample.")
+    train: list[SourceEntry] = Field(default_factory=list, description="Blend of sources to train on.")
+    validation: list[SourceEntry] = Field(default_factory=list, description="Blend of sources to validate on.")
+    tokenizer: str | None = Field(
+        None, description="Folder with tokenizer.json; its hash must be the shards'. None: the manifest's own copy."
+    )
+    document_mask: bool = Field(
+        True, description="Block-diagonal attention and positions that restart at each document; off: one long text."
+    )
+
+
+class OptimizerSection(Section):
+    """AdamW and its parameter groups: biases and norms get no weight decay."""
+
+    name: Literal["adamw"] = Field("adamw", description="The optimizer.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="Decay rates of the two moments.", strict=False)
+    eps: PositiveFloat = Field(1e-8, description="Added to the root of the second moment.")
+    weight_decay: NonNegativeFloat = Field(0.1, description="Decoupled weight decay of matrices.")
+    clip_grad: NonNegativeFloat = Field(1.0, description="Global gradient norm to clip to; 0 turns clipping off.")
+
+
+class ScheduleSection(Section):
+    """Warmup, stable, decay (WSD)."""
+
+    peak_lr: PositiveFloat = Field(4.2e-4, description="Learning rate of the stable part.")
+    final_lr: NonNegativeFloat = Field(1.4e-4, description="Learning rate at the end of the decay.")
+    warmup_steps: NonNegativeInt = Field(0, description="Linear from 0 to peak_lr.")
+    decay_steps: NonNegativeInt = Field(0, description="Last steps of the run, from peak_lr to final_lr.")
+    decay_shape: Literal["cosine", "linear"] = Field("cosine", description="Shape of the decay.")
+
+
+class TrainSection(Section):
+    """The loop."""
+
+    steps: PositiveInt = Field(description="Optimizer steps of the run.")
+    global_batch_size: PositiveInt = Field(description="Samples of one step, over all ranks.")
+    micro_batch_size: PositiveInt = Field(1, description="Samples of one forward pass on one rank.")
+    validation_interval: NonNegativeInt = Field(0, description="Steps between validations; 0: never.")
+    validation_samples: PositiveInt = Field(64, description="Samples of one validation, always the same ones.")
+    log_interval: PositiveInt = Field(1, description="Steps between lines on the terminal; metrics.jsonl has all.")
+    threads: NonNegativeInt = Field(0, description="CPU threads of a rank; 0: the machine's cores over local ranks.")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="Activations recomputed in the backward pass: none, attention and experts, whole layers."
+    )
+
+
+class CheckpointSection(Section):
+    """When checkpoints are written and which ones stay."""
+
+    interval: NonNegativeInt = Field(0, description="Steps between checkpoints; 0: only at the end and on SIGTERM.")
+    keep_last: PositiveInt = Field(3, description="How many of the newest whole checkpoints to keep.")
+
+
+class RunSection(Section):
+    """Where a run lives."""
+
+    folder: str | None = Field(None, description="The run's folder; derived: runs/<name>.")
+    tensorboard: bool = Field(True, description="Write TensorBoard events beside metrics.jsonl.")
+
+
+class Recipe(Section):
+    """Everything about a run."""
+
+    name: str = Field(description="The recipe's name.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = Field("", description="What this recipe is for, in a line.")
+    seed: NonNegativeInt = Field(1234, description="Initial weights and sample order follow from it.")
+    model: ModelSection
+    layout: LayoutSection = Field(default_factory=LayoutSection)
+    precision: PrecisionSection = Field(default_factory=PrecisionSection)
+    data: DataSection
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    train: TrainSection
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    run: RunSection = Field(default_factory=RunSection)
