@@ -13,6 +13,8 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Section(BaseModel):
@@ -32,13 +34,17 @@ class ModelSection(Section):
     q_lora_rank: PositiveInt = Field(description="Width of MLA's query latent.")
     kv_lora_rank: PositiveInt = Field(description="Width of MLA's key-value latent (what generation caches).")
     qk_nope_head_dim: PositiveInt = Field(description="Per head, query and key width without rotary position.")
-    qk_rope_head_dim: PositiveInt = Field(description="Per head, query width with rotary position; the key's is shared.")
+    qk_rope_head_dim: PositiveInt = Field(
+        description="Per head, query width with rotary position; the key's is shared."
+    )
     v_head_dim: PositiveInt = Field(description="Per head, value width.")
     intermediate_size: PositiveInt = Field(description="Inner width of the dense MLPs (first layers and MTP).")
     moe_intermediate_size: PositiveInt = Field(description="Inner width of one expert.")
     n_routed_experts: PositiveInt = Field(description="Routed experts of a MoE layer.")
     num_experts_per_tok: PositiveInt = Field(description="Experts that each token is routed to (top-k).")
-    n_shared_experts: PositiveInt = Field(1, description="Shared experts, run on every token, neither gated nor scaled.")
+    n_shared_experts: PositiveInt = Field(
+        1, description="Shared experts, run on every token, neither gated nor scaled."
+    )
     routed_scaling_factor: PositiveFloat = Field(2.5, description="Factor on the normalised routing weights.")
     router_bias_update_rate: NonNegativeFloat = Field(
         1e-3, description="gamma of the aux-loss-free balance: bias += gamma * sign(mean load - load) after each step."
@@ -76,6 +82,31 @@ class LayoutSection(Section):
         None, description="ZeRO-1, optimizer state sharded over DP; derived: true when DP x CP > 1."
     )
 
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the dense weights and one sequence: TP x CP x PP."""
+        return self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run: TP x CP x PP x DP."""
+        return self.model_parallel_size * self.data_parallel_size
+
+    @property
+    def expert_model_parallel_world(self) -> int:
+        """Ranks that hold one copy of the experts: EP x ETP x PP."""
+        return self.expert_model_parallel_size * self.expert_tensor_parallel_size * self.pipeline_model_parallel_size
+
+    @property
+    def expert_data_parallel_size(self) -> int:
+        """Replicas of each expert: world size over EP x ETP x PP."""
+        return self.world_size // self.expert_model_parallel_world
+
+    @property
+    def pipeline_chunks(self) -> int:
+        """Model chunks of the pipeline: PP x VPP."""
+        return self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
+
 
 class PrecisionSection(Section):
     """Number formats of training. Router scores and losses are always fp32."""
@@ -108,7 +139,7 @@ class OptimizerSection(Section):
     """AdamW and its parameter groups: biases and norms get no weight decay."""
 
     name: Literal["adamw"] = Field("adamw", description="The optimizer.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="Decay rates of the two moments.", strict=False)
+    betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.95), description="Decay rates of the two moments.", strict=False)
     eps: PositiveFloat = Field(1e-8, description="Added to the root of the second moment.")
     weight_decay: NonNegativeFloat = Field(0.1, description="Decoupled weight decay of matrices.")
     clip_grad: NonNegativeFloat = Field(1.0, description="Global gradient norm to clip to; 0 turns clipping off.")
@@ -158,7 +189,7 @@ class Recipe(Section):
 
     name: str = Field(description="The recipe's name.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = Field("", description="What this recipe is for, in a line.")
-    seed: NonNegativeInt = Field(1234, description="Initial weights and sample order follow from it.")
+    seed: Seed = Field(1234, description="Initial weights and sample order follow from it.")
     model: ModelSection
     layout: LayoutSection = Field(default_factory=LayoutSection)
     precision: PrecisionSection = Field(default_factory=PrecisionSection)

@@ -1,0 +1,129 @@
+"""What follows from other keys: the second of parse, derive, validate. Pure."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .fields import value_at, with_value
+from .schema import Recipe
+
+
+def equal_split(recipe: Recipe) -> list[int] | None:
+    """Decoder layers of each pipeline chunk when all have the same; None where that doesn't divide."""
+    chunks = recipe.layout.pipeline_chunks
+    layers = recipe.model.num_hidden_layers
+    return [layers // chunks] * chunks if layers % chunks == 0 else None
+
+
+def nearest_split(layers: int, chunks: int) -> list[int]:
+    """The most even split; the first chunks get the layer more, since the last one has the head and the MTP layer."""
+    small, more = divmod(layers, chunks)
+    return [small + (index < more) for index in range(chunks)]
+
+
+DERIVED: dict[str, Callable[[Recipe], Any]] = {
+    "layout.sequence_parallel": lambda recipe: recipe.layout.tensor_model_parallel_size > 1,
+    "layout.distributed_optimizer": lambda recipe: (
+        recipe.layout.data_parallel_size * recipe.layout.context_parallel_size > 1
+    ),
+    "layout.pipeline_layer_counts": equal_split,
+    "run.folder": lambda recipe: f"runs/{recipe.name}",
+}
+
+
+def derive(recipe: Recipe) -> Recipe:
+    """Fill in every key of DERIVED that is None."""
+    for key, rule in DERIVED.items():
+        if value_at(recipe, key) is None:
+            recipe = with_value(recipe, key, rule(recipe))
+    return recipe
+
+
+@dataclass(frozen=True)
+class Moot:
+    """A key that has no effect when other keys (`causes`) have the values that `when` asks about.
+
+    Given beside its cause it is refused for the reason `why`. Inherited (from a recipe that this one extends, or from
+    the file when the cause is an override) it quietly goes back to its default: whoever changed the cause last knew
+    nothing of it. With `why` empty only the second happens, because a rule of validate.py speaks for the first.
+    """
+
+    key: str
+    causes: tuple[str, ...]
+    when: Callable[[Recipe], bool]
+    why: str = ""
+
+
+# In this order: the pipeline's cuts look at VPP after VPP itself may have gone.
+MOOT: tuple[Moot, ...] = (
+    Moot(
+        "model.mtp_loss_factor",
+        ("model.num_nextn_predict_layers",),
+        lambda recipe: recipe.model.num_nextn_predict_layers == 0,
+        "there is no MTP layer",
+    ),
+    Moot(
+        "layout.virtual_pipeline_model_parallel_size",
+        ("layout.pipeline_model_parallel_size",),
+        lambda recipe: (
+            recipe.layout.pipeline_model_parallel_size == 1 and recipe.layout.virtual_pipeline_model_parallel_size > 1
+        ),
+        "one pipeline stage has nothing to interleave",
+    ),
+    Moot(
+        "layout.pipeline_layer_counts",
+        (
+            "layout.pipeline_model_parallel_size",
+            "layout.virtual_pipeline_model_parallel_size",
+            "model.num_hidden_layers",
+        ),
+        lambda recipe: not layer_counts_fit(recipe),
+    ),
+    Moot(
+        "layout.sequence_parallel",
+        ("layout.tensor_model_parallel_size",),
+        lambda recipe: recipe.layout.tensor_model_parallel_size == 1 and recipe.layout.sequence_parallel is True,
+        "sequence parallelism splits over tensor-parallel ranks and there is one",
+    ),
+    Moot(
+        "layout.distributed_optimizer",
+        ("layout.data_parallel_size", "layout.context_parallel_size"),
+        lambda recipe: (
+            recipe.layout.data_parallel_size * recipe.layout.context_parallel_size == 1
+            and recipe.layout.distributed_optimizer is True
+        ),
+        "ZeRO-1 shards over DP x CP replicas and there is one",
+    ),
+    Moot(
+        "schedule.decay_shape",
+        ("schedule.decay_steps",),
+        lambda recipe: recipe.schedule.decay_steps == 0,
+        "the learning rate never decays",
+    ),
+    Moot(
+        "schedule.final_lr",
+        ("schedule.decay_steps",),
+        lambda recipe: recipe.schedule.decay_steps == 0,
+        "the learning rate never decays",
+    ),
+    Moot(
+        "train.validation_samples",
+        ("train.validation_interval",),
+        lambda recipe: recipe.train.validation_interval == 0,
+        "there is no validation",
+    ),
+    Moot(
+        "data.validation",
+        ("train.validation_interval",),
+        lambda recipe: recipe.train.validation_interval == 0 and bool(recipe.data.validation),
+        "there is no validation",
+    ),
+)
+
+
+def layer_counts_fit(recipe: Recipe) -> bool:
+    """Whether the given layer counts (if any) are those of this many chunks and layers."""
+    counts = recipe.layout.pipeline_layer_counts
+    if counts is None:
+        return True
+    return len(counts) == recipe.layout.pipeline_chunks and sum(counts) == recipe.model.num_hidden_layers

@@ -1,0 +1,77 @@
+"""What a run may change in mid-course: a table over every key of the schema, enforced on resume."""
+
+from typing import Any
+
+from megatron_joy.errors import UserError
+
+from .dump import format_value
+from .schema import Recipe
+
+# Key or section -> may it change; the longest match decides. A test asks that every key of the schema is covered.
+MAY_CHANGE: dict[str, bool] = {
+    "name": True,
+    "description": True,
+    # Initial weights and sample order follow from it.
+    "seed": False,
+    "model": False,
+    # None of these changes a weight's shape or meaning.
+    "model.backend": True,
+    "model.router_bias_update_rate": True,
+    "model.mtp_loss_factor": True,
+    # Checkpoints are layout-free.
+    "layout": True,
+    # Optimizer state of another format would be read as if it were this one.
+    "precision": False,
+    # Sample k is a function of these: another value would repeat or skip text.
+    "data.sequence_length": False,
+    "data.train": False,
+    "data.tokenizer": False,
+    "data.document_mask": False,
+    "data.validation": True,
+    # The moments in the checkpoint are averages under these.
+    "optimizer.name": False,
+    "optimizer.betas": False,
+    "optimizer.eps": False,
+    "optimizer.weight_decay": True,
+    "optimizer.clip_grad": True,
+    "schedule": True,
+    "train": True,
+    # Step t reads samples t x global batch and on.
+    "train.global_batch_size": False,
+    "checkpoint": True,
+    "run": True,
+}
+
+
+def may_change(key: str) -> bool:
+    """Whether a run may go on with another value of this dotted key. Raises KeyError on a key the table lacks."""
+    while key not in MAY_CHANGE:
+        key, dot, _ = key.rpartition(".")
+        if not dot:
+            raise KeyError(key)
+    return MAY_CHANGE[key]
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in recipe.model_dump().items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": item for key, item in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def check_resume(old: Recipe, new: Recipe) -> None:
+    """Refuse to go on with `old`'s checkpoint under `new` when a key differs that must not.
+
+    Both are resolved recipes. Raises UserError with one line that names every such key with both values.
+    """
+    before, after = _flat(old), _flat(new)
+    changed = [key for key in before if before[key] != after[key] and not may_change(key)]
+    if changed:
+        listed = ", ".join(f"{key} ({format_value(before[key])} -> {format_value(after[key])})" for key in changed)
+        raise UserError(
+            f"cannot resume {new.run.folder}: the recipe changes {listed}, which a run must keep; "
+            "put the old values back or set run.folder to start a new run"
+        )

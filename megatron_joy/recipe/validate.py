@@ -1,0 +1,329 @@
+"""The rules between keys: the third of parse, derive, validate. One row of RULES is one rule.
+
+A rule gives None when it holds, else what is wrong with the numbers that were found, the rule, and one fix.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from .derive import MOOT, layer_counts_fit, nearest_split
+from .dump import format_value
+from .fields import value_at
+from .schema import Recipe, SourceEntry
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A relation between keys; it is not asked when one of its keys has no valid value."""
+
+    keys: tuple[str, ...]
+    check: Callable[[Recipe], str | None]
+
+
+def nearest_multiple(value: int, step: int) -> int:
+    """The positive multiple of `step` nearest to `value`, the larger one of two equally near."""
+    return max(step, (value + step // 2) // step * step)
+
+
+def nearest_divisor(value: int, of: int) -> int:
+    """The divisor of `of` nearest to `value`, the smaller one of two equally near (found in root of `of` steps)."""
+    small = [number for number in range(1, int(of**0.5) + 1) if of % number == 0]
+    return min({*small, *(of // number for number in small)}, key=lambda number: (abs(number - value), number))
+
+
+def _given(recipe: Recipe, *keys: str) -> str:
+    return " and ".join(f"{key} = {format_value(value_at(recipe, key))}" for key in keys)
+
+
+def at_most(key: str, limit: str) -> Rule:
+    """`key` must not exceed `limit`."""
+
+    def check(recipe: Recipe) -> str | None:
+        if value_at(recipe, key) <= value_at(recipe, limit):
+            return None
+        bound = format_value(value_at(recipe, limit))
+        return f"{_given(recipe, key)}: must be at most {limit} = {bound}; set {key} = {bound}"
+
+    return Rule((key, limit), check)
+
+
+def _tensor_parallel(recipe: Recipe) -> str | None:
+    """Everything that TP ranks share out must divide; all that doesn't is one line, since one degree is to blame."""
+    model, layout = recipe.model, recipe.layout
+    degree = layout.tensor_model_parallel_size
+    widths = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.hidden_size": model.hidden_size,
+        "model.intermediate_size": model.intermediate_size,
+        "model.moe_intermediate_size x model.n_shared_experts": model.moe_intermediate_size * model.n_shared_experts,
+        "model.vocab_size": model.vocab_size,
+    }
+    uneven = [name for name, width in widths.items() if width % degree]
+    if not uneven:
+        return None
+    if uneven == ["model.vocab_size"]:
+        fix = f"pad the vocabulary to the next multiple, model.vocab_size = {-(-model.vocab_size // degree) * degree}"
+    else:
+        fix = f"set layout.tensor_model_parallel_size = {nearest_divisor(degree, math.gcd(*widths.values()))}"
+    listed = ", ".join(f"{name} = {widths[name]}" for name in uneven)
+    return f"layout.tensor_model_parallel_size = {degree}: must divide {listed}; {fix}"
+
+
+def _expert_tensor_parallel(recipe: Recipe) -> str | None:
+    width, degree = recipe.model.moe_intermediate_size, recipe.layout.expert_tensor_parallel_size
+    if width % degree == 0:
+        return None
+    return (
+        f"layout.expert_tensor_parallel_size = {degree}: must divide model.moe_intermediate_size = {width}; "
+        f"set layout.expert_tensor_parallel_size = {nearest_divisor(degree, width)}"
+    )
+
+
+def _expert_parallel(recipe: Recipe) -> str | None:
+    """EP shares out the experts, and EP x ETP x PP ranks hold them all: the world must be a multiple of that."""
+    layout, experts = recipe.layout, recipe.model.n_routed_experts
+    degree, world, holders = layout.expert_model_parallel_size, layout.world_size, layout.expert_model_parallel_world
+    others = layout.expert_tensor_parallel_size * layout.pipeline_model_parallel_size
+    wrong = []
+    if experts % degree:
+        wrong.append(f"must divide model.n_routed_experts = {experts}")
+    if world % holders:
+        wrong.append(
+            f"EP x ETP x PP = {degree} x {layout.expert_tensor_parallel_size} x {layout.pipeline_model_parallel_size} "
+            f"= {holders} must divide the world size, TP x CP x PP x DP = {layout.tensor_model_parallel_size} x "
+            f"{layout.context_parallel_size} x {layout.pipeline_model_parallel_size} x {layout.data_parallel_size} = "
+            f"{world}"
+        )
+    if not wrong:
+        return None
+    if world % others == 0:
+        fix = f"layout.expert_model_parallel_size = {nearest_divisor(degree, math.gcd(experts, world // others))}"
+    else:
+        step = holders // math.gcd(holders, layout.model_parallel_size)
+        fix = f"layout.data_parallel_size = {-(-layout.data_parallel_size // step) * step}"
+    return f"layout.expert_model_parallel_size = {degree}: {' and '.join(wrong)}; set {fix}"
+
+
+def _rope(recipe: Recipe) -> str | None:
+    width = recipe.model.qk_rope_head_dim
+    if width % 2 == 0:
+        return None
+    return f"model.qk_rope_head_dim = {width}: rotary position turns pairs, so it must be even; set {width + 1}"
+
+
+def _some_experts(recipe: Recipe) -> str | None:
+    dense, layers = recipe.model.first_k_dense_replace, recipe.model.num_hidden_layers
+    if dense < layers:
+        return None
+    return (
+        f"model.first_k_dense_replace = {dense}: must be below model.num_hidden_layers = {layers}, so that a MoE layer "
+        f"is left; set model.first_k_dense_replace = {max(layers - 1, 0)}"
+    )
+
+
+def _sequence_parallel(recipe: Recipe) -> str | None:
+    if recipe.layout.tensor_model_parallel_size == 1 or recipe.layout.sequence_parallel:
+        return None
+    return (
+        "layout.sequence_parallel = false: MoE layers with layout.tensor_model_parallel_size = "
+        f"{recipe.layout.tensor_model_parallel_size} train only with sequence parallelism; leave it out or set true"
+    )
+
+
+def _pipeline_cuts(recipe: Recipe) -> str | None:
+    layers, chunks, counts = recipe.model.num_hidden_layers, recipe.layout.pipeline_chunks, _counts(recipe)
+    stages = (
+        f"PP x VPP = {recipe.layout.pipeline_model_parallel_size} x "
+        f"{recipe.layout.virtual_pipeline_model_parallel_size} = {chunks}"
+    )
+    if layers < chunks:
+        return f"model.num_hidden_layers = {layers}: too few for {stages} pipeline chunks; set at most {layers} chunks"
+    fix = f"set layout.pipeline_layer_counts = {nearest_split(layers, chunks)}"
+    if counts is None:
+        return f"model.num_hidden_layers = {layers}: does not divide into {stages} equal pipeline chunks; {fix}"
+    if layer_counts_fit(recipe):
+        return None
+    return (
+        f"layout.pipeline_layer_counts = {counts}: must be {stages} numbers that add up to model.num_hidden_layers = "
+        f"{layers} (found {len(counts)} adding up to {sum(counts)}); {fix}"
+    )
+
+
+def _counts(recipe: Recipe) -> list[int] | None:
+    return recipe.layout.pipeline_layer_counts
+
+
+def _context(recipe: Recipe) -> str | None:
+    length, context = recipe.data.sequence_length, recipe.layout.context_parallel_size
+    if context == 1 or length % (2 * context) == 0:
+        return None
+    return (
+        f"data.sequence_length = {length}: must be a multiple of 2 x CP = 2 x {context} = {2 * context}, each rank takes "
+        f"one chunk from the front and one from the back; set data.sequence_length = "
+        f"{nearest_multiple(length, 2 * context)}"
+    )
+
+
+def _sequence_shards(recipe: Recipe) -> str | None:
+    layout, length, samples = recipe.layout, recipe.data.sequence_length, recipe.train.micro_batch_size
+    tensor, context = layout.tensor_model_parallel_size, layout.context_parallel_size
+    # A degree that doesn't suit the model is told by its own rule; a sequence to suit it would be no fix.
+    if recipe.model.num_attention_heads % tensor or samples * length % (context * tensor) == 0:
+        return None
+    return (
+        f"data.sequence_length = {length}: train.micro_batch_size x data.sequence_length / CP = {samples} x {length} / "
+        f"{context} tokens must divide over layout.tensor_model_parallel_size = {tensor} (sequence parallelism); "
+        f"set data.sequence_length = {nearest_multiple(length, context * tensor)}"
+    )
+
+
+def _batch(recipe: Recipe) -> str | None:
+    batch, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
+    replicas = recipe.layout.data_parallel_size
+    if batch % (micro * replicas) == 0:
+        return None
+    return (
+        f"train.global_batch_size = {batch}: must be a multiple of train.micro_batch_size x layout.data_parallel_size "
+        f"= {micro} x {replicas} = {micro * replicas}; set train.global_batch_size = "
+        f"{nearest_multiple(batch, micro * replicas)}"
+    )
+
+
+def _interleaving(recipe: Recipe) -> str | None:
+    layout, train = recipe.layout, recipe.train
+    stages, step = layout.pipeline_model_parallel_size, train.micro_batch_size * layout.data_parallel_size
+    micro_batches = train.global_batch_size // step
+    # Without interleaving any number works; a batch that doesn't divide is another rule's to tell.
+    uneven = layout.virtual_pipeline_model_parallel_size > 1 and micro_batches % stages
+    if not uneven or train.global_batch_size % step:
+        return None
+    return (
+        f"train.global_batch_size = {train.global_batch_size}: gives each rank {micro_batches} micro-batches, and with "
+        f"layout.virtual_pipeline_model_parallel_size = {layout.virtual_pipeline_model_parallel_size} they must be a "
+        f"multiple of PP = {stages}; set train.global_batch_size = "
+        f"{nearest_multiple(train.global_batch_size, step * stages)}"
+    )
+
+
+def _schedule(recipe: Recipe) -> str | None:
+    warmup, decay, steps = recipe.schedule.warmup_steps, recipe.schedule.decay_steps, recipe.train.steps
+    if warmup + decay <= steps:
+        return None
+    return (
+        f"schedule.warmup_steps + schedule.decay_steps = {warmup} + {decay} = {warmup + decay}: must be at most "
+        f"train.steps = {steps}; set train.steps = {warmup + decay}"
+    )
+
+
+def _learning_rates(recipe: Recipe) -> str | None:
+    final, peak = recipe.schedule.final_lr, recipe.schedule.peak_lr
+    if recipe.schedule.decay_steps == 0 or final <= peak:
+        return None
+    return (
+        f"schedule.final_lr = {final}: must be at most schedule.peak_lr = {peak}, a decay goes down; "
+        f"set schedule.final_lr = {peak / 10:g}"
+    )
+
+
+def _validation_data(recipe: Recipe) -> str | None:
+    interval = recipe.train.validation_interval
+    if interval == 0 or recipe.data.validation:
+        return None
+    return (
+        f"train.validation_interval = {interval}: data.validation names no data to validate on; "
+        f'set data.validation = [{{manifest = "DIR/validation"}}] or train.validation_interval = 0'
+    )
+
+
+def _validation_batch(recipe: Recipe) -> str | None:
+    samples, micro = recipe.train.validation_samples, recipe.train.micro_batch_size
+    step = micro * recipe.layout.data_parallel_size
+    if recipe.train.validation_interval == 0 or samples % step == 0:
+        return None
+    return (
+        f"train.validation_samples = {samples}: must be a multiple of train.micro_batch_size x "
+        f"layout.data_parallel_size = {micro} x {recipe.layout.data_parallel_size} = {step}; set "
+        f"train.validation_samples = {nearest_multiple(samples, step)}"
+    )
+
+
+def blend_problem(key: str, sources: list[SourceEntry]) -> str | None:
+    """A blend with one source has no shares to give, and a source belongs in it once."""
+    if len(sources) == 1 and sources[0].weight != 1.0:
+        return f"{key}.0.weight = {sources[0].weight}: has no effect, it is the only source; leave weight out"
+    seen: dict[str, int] = {}
+    for index, source in enumerate(sources):
+        if (first := seen.setdefault(source.manifest.rstrip("/"), index)) != index:
+            total = sources[first].weight + source.weight
+            return (
+                f"{key}.{index}.manifest = {format_value(source.manifest)}: is already {key}.{first}; "
+                f"keep one with weight = {total:g}"
+            )
+    return None
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        (
+            "layout.tensor_model_parallel_size",
+            "model.num_attention_heads",
+            "model.hidden_size",
+            "model.intermediate_size",
+            "model.moe_intermediate_size",
+            "model.n_shared_experts",
+            "model.vocab_size",
+        ),
+        _tensor_parallel,
+    ),
+    Rule(("layout.expert_tensor_parallel_size", "model.moe_intermediate_size"), _expert_tensor_parallel),
+    Rule(("layout", "model.n_routed_experts"), _expert_parallel),
+    at_most("model.num_experts_per_tok", "model.n_routed_experts"),
+    at_most("data.sequence_length", "model.max_position_embeddings"),
+    Rule(("model.qk_rope_head_dim",), _rope),
+    Rule(("model.first_k_dense_replace", "model.num_hidden_layers"), _some_experts),
+    Rule(("layout.sequence_parallel", "layout.tensor_model_parallel_size"), _sequence_parallel),
+    Rule(("layout", "model.num_hidden_layers"), _pipeline_cuts),
+    Rule(("layout.context_parallel_size", "data.sequence_length"), _context),
+    Rule(("layout", "data.sequence_length", "train.micro_batch_size", "model.num_attention_heads"), _sequence_shards),
+    Rule(("layout.data_parallel_size", "train.global_batch_size", "train.micro_batch_size"), _batch),
+    Rule(("layout", "train.global_batch_size", "train.micro_batch_size"), _interleaving),
+    Rule(("schedule.warmup_steps", "schedule.decay_steps", "train.steps"), _schedule),
+    Rule(("schedule.final_lr", "schedule.peak_lr", "schedule.decay_steps"), _learning_rates),
+    Rule(("train.validation_interval", "data.validation"), _validation_data),
+    Rule(
+        (
+            "train.validation_interval",
+            "train.validation_samples",
+            "train.micro_batch_size",
+            "layout.data_parallel_size",
+        ),
+        _validation_batch,
+    ),
+    Rule(("data.train",), lambda recipe: blend_problem("data.train", recipe.data.train)),
+    Rule(("data.validation",), lambda recipe: blend_problem("data.validation", recipe.data.validation)),
+)
+
+
+def touches(key: str, broken: frozenset[str]) -> bool:
+    """Whether a key, or something in or around it, is among the broken ones."""
+    return any(key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.") for other in broken)
+
+
+def _moot_problems(recipe: Recipe, given: Mapping[str, int], broken: frozenset[str]) -> list[str]:
+    problems = []
+    for moot in MOOT:
+        sound = not any(touches(key, broken) for key in (moot.key, *moot.causes))
+        if moot.why and moot.key in given and sound and moot.when(recipe):
+            causes = _given(recipe, *moot.causes)
+            problems.append(f"{_given(recipe, moot.key)}: has no effect with {causes}, {moot.why}; leave it out")
+    return problems
+
+
+def validate(recipe: Recipe, given: Mapping[str, int], broken: frozenset[str] = frozenset()) -> list[str]:
+    """All problems between the keys of a derived recipe, in the order of RULES; none means that it is sound.
+
+    given: the keys that somebody wrote (see `load.Parsed`). broken: keys whose own value is already known to be wrong.
+    """
+    found = [rule.check(recipe) for rule in RULES if not any(touches(key, broken) for key in rule.keys)]
+    return [problem for problem in found if problem is not None] + _moot_problems(recipe, given, broken)
