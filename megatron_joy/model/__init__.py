@@ -1,0 +1,1 @@
+"""The architecture of a recipe as a Megatron-core model."""

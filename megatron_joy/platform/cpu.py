@@ -1,0 +1,302 @@
+"""Megatron-core without a GPU: every CUDA-only name of it that we replace, and why.
+
+Megatron-core has no CPU path. `install()` gives it one when, and only when, torch sees no GPU. Nothing in torch itself
+is touched, because other libraries in this process (transformers above all: patched factories silently corrupted its
+rotary tables) must see the real thing. Instead, as each `megatron.core` module is imported,
+
+* its global name `torch` is rebound to a view of torch in which "cuda" means the CPU (`_TorchOnCpu`),
+* the names of `REPLACEMENTS` are rebound,
+* the code constants of `CONSTANTS` (comparisons with "torch.cuda.FloatTensor") are rewritten.
+
+`tests/platform` walks the two tables and fails with the entry's reason when the installed Megatron-core no longer has a
+name, so an upgrade can't silently lose one.
+"""
+
+import logging
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from typing import Any
+
+import torch
+
+from megatron_joy.platform.adamw import GroupStepAdamW
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One global name of a Megatron-core module that is rebound on a machine without a GPU."""
+
+    module: str
+    name: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Constants:
+    """A function whose comparisons with CUDA type names are rewritten to the CPU's names."""
+
+    module: str
+    qualname: str
+    reason: str
+
+
+def _get_rng_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
+    torch.set_rng_state(new_state)
+
+
+def _split_sizes_to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+REPLACEMENTS: tuple[Replacement, ...] = (
+    Replacement(
+        "megatron.core.jit", "jit_fuser", _uncompiled, "fusing needs a compiler at run time and gains nothing on a CPU"
+    ),
+    Replacement(
+        "megatron.core.tensor_parallel.random",
+        "_get_cuda_rng_state",
+        _get_rng_state,
+        "the tracked generator is the CPU's default one",
+    ),
+    Replacement(
+        "megatron.core.tensor_parallel.random",
+        "_set_cuda_rng_state",
+        _set_rng_state,
+        "the tracked generator is the CPU's default one",
+    ),
+    Replacement(
+        "megatron.core.transformer.moe.moe_utils",
+        "maybe_move_tensor_to_cpu",
+        _split_sizes_to_numpy,
+        "all-to-all split sizes become numpy only when they come from a GPU; gloo refuses tensors",
+    ),
+    Replacement("megatron.core.optimizer", "Adam", GroupStepAdamW, "stands in for Transformer Engine's FusedAdam"),
+    Replacement(
+        "megatron.core.optimizer", "USING_PYTORCH_OPTIMIZER", False, "GroupStepAdamW keeps state as FusedAdam does"
+    ),
+    Replacement("megatron.core.optimizer.distrib_optimizer", "Adam", GroupStepAdamW, "as above"),
+    Replacement(
+        "megatron.core.optimizer.distrib_optimizer",
+        "HAVE_APEX_OR_TE",
+        True,
+        "the other branch can't load optimizer state (it looks for a per-tensor 'step')",
+    ),
+    Replacement(
+        "megatron.core.optimizer.distrib_optimizer",
+        "USING_TE_OPTIMIZER",
+        True,
+        "takes the step from the parameter group, where GroupStepAdamW keeps it",
+    ),
+)
+
+_TYPES = "compares Tensor.type() with torch.cuda.* names"
+CONSTANTS: tuple[Constants, ...] = (
+    Constants("megatron.core.optimizer.clip_grads", "clip_grad_by_total_norm_fp32", _TYPES),
+    Constants(
+        "megatron.core.optimizer.distrib_optimizer",
+        "DistributedOptimizer._build_model_and_main_param_groups",
+        _TYPES,
+    ),
+    Constants("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.__init__", _TYPES),
+)
+
+
+class _Stream:
+    """CPU work is synchronous: a stream has nothing to order."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def record_event(self, event: Any = None) -> "_Event":
+        return event or _Event()
+
+
+class _Event:
+    """The event of a `_Stream`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, *args: Any) -> None:
+        pass
+
+    def wait(self, *args: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+@contextmanager
+def _nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _zero(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+class _View(types.ModuleType):
+    """A module that answers some names itself and asks the real module for all others."""
+
+    def __init__(self, real: types.ModuleType, own: dict[str, Any]) -> None:
+        super().__init__(real.__name__)
+        self.__dict__.update(own)
+        self.__dict__["_real"] = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return make
+
+
+_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "randint", "empty_strided")
+_FACTORIES_LIKE = ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
+
+
+def _cuda_view() -> types.ModuleType:
+    nvtx = _View(torch.cuda.nvtx, {"range_push": _ignore, "range_pop": _ignore, "range": _nothing})
+    random = _View(
+        torch.cuda.random,
+        {"get_rng_state": _get_rng_state, "set_rng_state": _set_rng_state, "manual_seed": torch.manual_seed},
+    )
+    own: dict[str, Any] = {
+        "current_device": lambda: CPU,
+        "Stream": _Stream,
+        "Event": _Event,
+        "current_stream": _Stream,
+        "default_stream": _Stream,
+        "stream": _nothing,
+        "nvtx": nvtx,
+        "random": random,
+        "get_rng_state": _get_rng_state,
+        "set_rng_state": _set_rng_state,
+        "manual_seed": torch.manual_seed,
+    }
+    own |= dict.fromkeys(("synchronize", "empty_cache", "set_device", "set_stream", "reset_peak_memory_stats"), _ignore)
+    own |= dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), _zero)
+    return _View(torch.cuda, own)
+
+
+_CUDA_ON_CPU = _cuda_view()
+_TORCH_ON_CPU = _View(
+    torch, {"cuda": _CUDA_ON_CPU} | {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES + _FACTORIES_LIKE}
+)
+
+
+def _rename(constant: Any) -> Any:
+    if isinstance(constant, tuple):
+        return tuple(_rename(item) for item in constant)
+    return constant.replace("torch.cuda.", "torch.") if isinstance(constant, str) else constant
+
+
+def _rewrite_constants(module: types.ModuleType, entry: Constants) -> None:
+    target: Any = module
+    for part in entry.qualname.split("."):
+        target = getattr(target, part)
+    function = getattr(target, "__func__", target)
+    function.__code__ = function.__code__.replace(co_consts=tuple(_rename(c) for c in function.__code__.co_consts))
+
+
+def _adapt(module: types.ModuleType) -> None:
+    if getattr(module, "torch", None) is torch:
+        module.torch = _TORCH_ON_CPU  # type: ignore[attr-defined]
+    for entry in REPLACEMENTS:
+        if entry.module == module.__name__:
+            setattr(module, entry.name, entry.value)
+    for constants in CONSTANTS:
+        if constants.module == module.__name__:
+            _rewrite_constants(module, constants)
+
+
+class _AdaptingLoader(SourceFileLoader):
+    """Loads a module from its source as usual, then adapts it."""
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        super().exec_module(module)
+        _adapt(module)
+
+
+class _MegatronFinder(MetaPathFinder):
+    """Finds `megatron.core` modules where they are and has them adapted after loading."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if not fullname.startswith("megatron.core"):
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _AdaptingLoader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+def install() -> bool:
+    """Prepares this process for Megatron-core without a GPU; call before the first import of `megatron.core`.
+
+    Returns True if the stand-ins are in place, False on a machine with a GPU, where nothing is replaced. Calling it
+    again is harmless. Raises RuntimeError when Megatron-core was imported before (a bug of the caller).
+    """
+    if torch.cuda.is_available():
+        return False
+    if any(isinstance(finder, _MegatronFinder) for finder in sys.meta_path):
+        return True
+    early = [name for name in sys.modules if name.startswith("megatron.core")]
+    if early:
+        raise RuntimeError(f"{early[0]} was imported before megatron_joy.platform.cpu.install()")
+    sys.meta_path.insert(0, _MegatronFinder())
+    # With one generator for both, what Megatron-core warns of here on every fork of it is what must happen.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+    return True

@@ -1,0 +1,142 @@
+"""One optimizer step: forward and backward over the step's micro-batches, reductions, update, numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_joy.data.batch import Batch
+from megatron_joy.optim.build import build_optimizer, set_learning_rate
+from megatron_joy.optim.schedule import learning_rate
+from megatron_joy.platform.process import Process
+from megatron_joy.recipe.schema import Recipe
+from megatron_joy.train.forward import MicroBatch, forward_step
+from megatron_joy.train.router_load import RouterLoad
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Numbers of one step, equal on all ranks. `expert_load` [moe layers, experts] is on rank 0, None elsewhere."""
+
+    loss: float
+    mtp_loss: float | None
+    grad_norm: float
+    learning_rate: float
+    loss_tokens: int
+    finite: bool
+    expert_load: Tensor | None
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Means over the given samples, equal on all ranks."""
+
+    main: float
+    mtp: float | None
+    tokens: int
+
+
+class Trainer:
+    """A model, its optimizer and the way they are stepped. Collectives only; what is read or written is elsewhere."""
+
+    def __init__(self, recipe: Recipe, process: Process, chunks: Sequence[Any]) -> None:
+        self.recipe, self.process = recipe, process
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True, average_in_collective=False
+        )
+        config = chunks[0].config
+        self.chunks = [
+            DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0, pg_collection=process.groups)
+            for i, chunk in enumerate(chunks)
+        ]
+        self.optimizer = build_optimizer(recipe, process, self.chunks)
+        self.router_load = RouterLoad(chunks, process)
+        config.finalize_model_grads_func = self._finalize
+        config.grad_scale_func = self.optimizer.scale_loss
+        config.no_sync_func = [c.no_sync for c in self.chunks] if len(self.chunks) > 1 else self.chunks[0].no_sync
+        self._schedule = get_forward_backward_func()
+        self._with_mtp = recipe.model.num_nextn_predict_layers > 0
+
+    def _finalize(self, *args: Any, **kwargs: Any) -> None:
+        self.router_load.collect()  # Megatron-core zeroes the counts when it updates the router biases
+        kwargs["pg_collection"] = self.process.groups
+        finalize_model_grads(*args, **kwargs)
+
+    def step(self, number: int, batches: Sequence[Batch]) -> StepResult:
+        """Runs update `number` (from 1) on this rank's micro-batches of the step."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        rate = learning_rate(self.recipe, number)
+        set_learning_rate(self.optimizer, rate)
+        losses = self._run(batches, forward_only=False)
+        finite, grad_norm, _ = self.optimizer.step()
+        return StepResult(
+            loss=losses.main,
+            mtp_loss=losses.mtp,
+            grad_norm=float(grad_norm),
+            learning_rate=rate,
+            loss_tokens=losses.tokens,
+            finite=bool(finite),
+            expert_load=self.router_load.gather(),
+        )
+
+    def evaluate(self, batches: Sequence[Batch]) -> Losses:
+        """Mean losses without touching weights, router biases or counters."""
+        for chunk in self.chunks:
+            chunk.eval()
+        try:
+            return self._run(batches, forward_only=True)
+        finally:
+            for chunk in self.chunks:
+                chunk.train()
+
+    def _run(self, batches: Sequence[Batch], forward_only: bool) -> Losses:
+        main_tokens, mtp_tokens = self._global_counts(batches)
+        weight = main_tokens / max(mtp_tokens, 1)
+        rows = [MicroBatch(batch, weight) for batch in batches]
+        several = len(self.chunks) > 1
+        packed = self.process.groups.cp.size() == 1
+        row, size = self.recipe.data.sequence_length, self.recipe.train.micro_batch_size
+        reports = self._schedule(
+            forward_step_func=partial(forward_step, self.process, self._with_mtp),
+            data_iterator=[iter(rows) for _ in self.chunks] if several else iter(rows),
+            model=self.chunks if several else self.chunks[0],
+            num_microbatches=len(rows),
+            seq_length=row * size if packed else row,
+            micro_batch_size=1 if packed else size,
+            forward_only=forward_only,
+        )
+        main, mtp = self._reduce(reports)
+        return Losses(
+            main=main / max(main_tokens, 1),
+            mtp=mtp / max(mtp_tokens, 1) if self._with_mtp else None,
+            tokens=main_tokens,
+        )
+
+    def _global_counts(self, batches: Sequence[Batch]) -> tuple[int, int]:
+        """Main and MTP targets of the step over all data-parallel ranks; known before anything is computed."""
+        counts = torch.tensor(
+            [int(sum(b.loss_mask.sum() for b in batches)), int(sum(b.mtp_loss_mask.sum() for b in batches))],
+            dtype=torch.int64,
+            device=self.process.device,
+        )
+        dist.all_reduce(counts, group=self.process.groups.dp)
+        return int(counts[0]), int(counts[1])
+
+    def _reduce(self, reports: Sequence[dict[str, Tensor]]) -> tuple[float, float]:
+        """Sums of losses over micro-batches, data- and context-parallel ranks; handed from the last stage to all."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.process.device)
+        for report in reports:
+            sums[0] += report["main"].double()
+            sums[1] += report["mtp"].double() if "mtp" in report else 0.0
+        groups = self.process.groups
+        dist.all_reduce(sums, group=groups.dp_cp)
+        dist.broadcast(sums, src=dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
+        return float(sums[0]), float(sums[1])
