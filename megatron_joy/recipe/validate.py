@@ -159,8 +159,8 @@ def _context(recipe: Recipe) -> str | None:
     if context == 1 or length % (2 * context) == 0:
         return None
     return (
-        f"data.sequence_length = {length}: must be a multiple of 2 x CP = 2 x {context} = {2 * context}, each rank takes "
-        f"one chunk from the front and one from the back; set data.sequence_length = "
+        f"data.sequence_length = {length}: must be a multiple of 2 x CP = 2 x {context} = {2 * context}, a chunk from "
+        f"the front and one from the back for each rank; set data.sequence_length = "
         f"{nearest_multiple(length, 2 * context)}"
     )
 

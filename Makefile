@@ -1,0 +1,59 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both do all set-up by themselves.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# What `make setup` installs beside the package: dev, and for instance EXTRAS=dev,mpi
+EXTRAS ?= dev
+# A part of the tests: make test T=tests/data
+T ?= tests
+
+.PHONY: help setup demo test lint bench data-demo clean
+
+help: ## Show this list
+	@echo "Megatron-Joy. Start with \`make demo\`; targets:"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create .venv with everything that the package and its tests need
+
+demo: $(STAMP) ## From raw text to a trained, killed, resumed, exported and writing small JoyAI, with a report
+	@$(BIN)/python -m launch.demo
+
+test: $(STAMP) ## Run every test, slow ones too (a part: make test T=tests/data)
+	@$(BIN)/python -m pytest $(T)
+
+lint: $(STAMP) ## Check style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(STAMP) ## Run every benchmark in benchmarks/
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+data-demo: $(STAMP) ## Run only the demo's data pipeline: text to tokens in data/demo
+	@$(BIN)/joy data run data_pipeline/pipelines/demo.toml
+
+clean: ## Remove .venv and what tools cached (not runs/, not data/)
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+
+# An environment whose interpreter no longer runs (a moved clone, a removed Python) is made anew.
+# uv installs in a fraction of pip's time; it knows nothing of pip's configuration, so where it fails, pip is asked.
+$(STAMP): setup.cfg pyproject.toml
+	@python=$$(tools/find_python.sh); \
+	if ! $(BIN)/python -c '' 2>/dev/null; then \
+		echo "creating $(VENV) with $$python"; \
+		"$$python" -m venv --clear $(VENV) || uv venv --clear --seed --python "$$python" $(VENV); \
+	fi
+	@echo "installing the package and its dependencies into $(VENV) (once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || true
+	@if [ -x $(BIN)/uv ] && VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install -e '.[$(EXTRAS)]'; then :; else \
+		echo "uv could not install; asking pip"; \
+		$(BIN)/python -m pip install --disable-pip-version-check -e '.[$(EXTRAS)]'; \
+	fi
+	@touch $@
