@@ -1,0 +1,53 @@
+"""Where each document of a shard is from: `shard_XXXXX.documents.jsonl.zst`, one JSON object per document, in order."""
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import orjson
+import zstandard
+
+from megatron_joy.data.atomic import write_atomically
+from megatron_joy.errors import UserError
+
+SUFFIX = ".documents.jsonl.zst"
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentOrigin:
+    """One document's origin.
+
+    source: name of the source in the pipeline; file: path inside that source; offset: first byte of its record in the
+    (decompressed) file; line: its line there, from 1, or 0 where the file is one document; licence: where known;
+    sha256: of the text, the first 32 hexadecimal digits; bytes_text: length of the text in UTF-8.
+    """
+
+    source: str
+    file: str
+    offset: int
+    line: int
+    licence: str | None
+    sha256: str
+    bytes_text: int
+
+
+def write_origins(path: Path, origins: Iterable[DocumentOrigin]) -> str:
+    """Write the file atomically; returns its SHA-256. The same origins give the same bytes."""
+    lines = b"".join(orjson.dumps(asdict(origin)) + b"\n" for origin in origins)
+    content = zstandard.ZstdCompressor(level=3, write_checksum=True, threads=0).compress(lines)
+    write_atomically(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_origins(path: Path) -> Iterator[DocumentOrigin]:
+    """The origins of a shard's documents, in the shard's order. Raises UserError when the file is missing or torn."""
+    try:
+        with open(path, "rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
+            for line in io.BufferedReader(stream, 1 << 20):
+                yield DocumentOrigin(**orjson.loads(line))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not there; it says where the shard's documents are from") from None
+    except (zstandard.ZstdError, orjson.JSONDecodeError, TypeError) as error:
+        raise UserError(f"{path}: torn or not a list of document origins ({error})") from None
