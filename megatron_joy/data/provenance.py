@@ -20,14 +20,13 @@ class DocumentOrigin:
     """One document's origin.
 
     source: name of the source in the pipeline; file: path inside that source; offset: first byte of its record in the
-    (decompressed) file; line: its line there, from 1, or 0 where the file is one document; licence: where known;
-    sha256: of the text, the first 32 hexadecimal digits; bytes_text: length of the text in UTF-8.
+    (decompressed) file, 0 where the file is one document; licence: where known; sha256: of the text, the first 32
+    hexadecimal digits; bytes_text: length of the text in UTF-8.
     """
 
     source: str
     file: str
     offset: int
-    line: int
     licence: str | None
     sha256: str
     bytes_text: int
