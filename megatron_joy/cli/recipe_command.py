@@ -1,0 +1,101 @@
+"""`joy recipe`: list the shipped recipes, show one resolved, its keys, its parameter counts."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megatron_joy.errors import UserError
+from megatron_joy.recipe import Recipe, dump_recipe, list_recipes, load_recipe
+from megatron_joy.recipe.dump import format_value
+from megatron_joy.recipe.fields import FieldRow, schema_rows, value_at
+
+app = typer.Typer(help="List and show recipes. Example: joy recipe show joyai_tiny train.steps=100")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@app.command("list", epilog="Example: joy recipe list --json")
+def list_command(as_json: Json = False) -> None:
+    """List the recipes that come with the package."""
+    recipes = list_recipes()
+    if as_json:
+        _print_json([{"name": recipe.name, "description": recipe.description} for recipe in recipes])
+        return
+    width = max(len(recipe.name) for recipe in recipes)
+    for recipe in recipes:
+        print(f"{recipe.name:<{width}}  {recipe.description}")
+
+
+@app.command("show", epilog="Example: joy recipe show joyai_48b_a3b --size")
+def show_command(
+    recipe: Annotated[str | None, typer.Argument(metavar="NAME|FILE", help="A shipped name or a TOML file.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE ...", help="train.steps=100")] = None,
+    describe: Annotated[bool, typer.Option("--describe", help="Every key: type, default, meaning.")] = False,
+    size: Annotated[bool, typer.Option("--size", help="Parameter counts by kind, total and active.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show a recipe resolved: everything that it extends, overrides and derived values in place."""
+    if describe and size:
+        raise UserError("joy recipe show: --describe and --size are two different lists; ask for one of them")
+    if recipe is None:
+        if not describe:
+            raise UserError("joy recipe show: which recipe? Give a name or a file, as joy recipe show joyai_tiny")
+        _describe(None, as_json)
+        return
+    loaded = load_recipe(recipe, overrides or ())
+    if describe:
+        _describe(loaded, as_json)
+    elif size:
+        _size(loaded, as_json)
+    elif as_json:
+        _print_json(loaded.model_dump())
+    else:
+        print(dump_recipe(loaded), end="")
+
+
+def _default(row: FieldRow) -> str:
+    return "required" if row.required else format_value(row.default)
+
+
+def _describe(recipe: Recipe | None, as_json: bool) -> None:
+    """Every key of the schema; with a recipe, its value too (not inside a list of tables)."""
+    rows = []
+    for row in schema_rows().values():
+        entry = {"key": row.key, "type": row.type, "default": _default(row), "description": row.description}
+        if recipe is not None and ".N." not in row.key:
+            entry["value"] = format_value(value_at(recipe, row.key))
+        rows.append(entry)
+    if as_json:
+        _print_json(rows)
+        return
+    for entry in rows:
+        value = f"; here {entry['value']}" if "value" in entry else ""
+        print(f"{entry['key']}\n    {entry['type']}; default {entry['default']}{value}\n    {entry['description']}")
+
+
+def _size(recipe: Recipe, as_json: bool) -> None:
+    """Parameter counts by kind, counted on the model itself (built without memory)."""
+    # Torch comes in only here.
+    from megatron_joy.model.size import parameter_counts
+
+    counts = parameter_counts(recipe)
+    if as_json:
+        kinds = [{"kind": kind, "total": total, "active": active} for kind, total, active in counts.rows]
+        _print_json({"name": recipe.name, "kinds": kinds, "total": counts.total, "active": counts.active})
+        return
+    table = Table(title=f"Parameters of {recipe.name}")
+    table.add_column("kind")
+    table.add_column("total", justify="right")
+    table.add_column("active per token", justify="right")
+    for kind, total, active in counts.rows:
+        table.add_row(kind, f"{total:,}", f"{active:,}")
+    table.add_section()
+    table.add_row("all", f"{counts.total:,}", f"{counts.active:,}")
+    Console().print(table)
