@@ -36,7 +36,6 @@ def build_chunks(recipe: Recipe, process: Process, config: MLATransformerConfig,
                     post_process=is_last_stage(virtual_stage),
                     share_embeddings_and_output_weights=False,
                     position_embedding_type="rope",
-                    rotary_base=int(recipe.model.rope_theta),
                     pg_collection=process.groups,
                     vp_stage=virtual_stage,
                 )

@@ -28,7 +28,9 @@ def build_optimizer(recipe: Recipe, process: Process, chunks: Sequence[Any]) -> 
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )
-    return get_megatron_optimizer(config, list(chunks), pg_collection=process.groups)
+    return get_megatron_optimizer(
+        config, list(chunks), use_gloo_process_groups=False, pg_collection=process.groups
+    )
 
 
 def parts(optimizer: MegatronOptimizer) -> list[Any]:

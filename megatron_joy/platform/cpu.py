@@ -4,9 +4,10 @@ Megatron-core has no CPU path. `install()` gives it one when, and only when, tor
 is touched, because other libraries in this process (transformers above all: patched factories silently corrupted its
 rotary tables) must see the real thing. Instead, as each `megatron.core` module is imported,
 
-* its global name `torch` is rebound to a view of torch in which "cuda" means the CPU (`_TorchOnCpu`),
+* its global name `torch` is rebound to a view of torch in which "cuda" means the CPU,
 * the names of `REPLACEMENTS` are rebound,
-* the code constants of `CONSTANTS` (comparisons with "torch.cuda.FloatTensor") are rewritten.
+* in the functions of `REWRITES`, `tensor.cuda()` becomes `tensor.cpu()` and type names such as "torch.cuda.FloatTensor"
+  become the CPU's: methods of tensors can't be seen by one module only, so the functions' own names are changed.
 
 `tests/platform` walks the two tables and fails with the entry's reason when the installed Megatron-core no longer has a
 name, so an upgrade can't silently lose one.
@@ -40,8 +41,8 @@ class Replacement:
 
 
 @dataclass(frozen=True)
-class Constants:
-    """A function whose comparisons with CUDA type names are rewritten to the CPU's names."""
+class Rewrite:
+    """A function in whose code 'cuda' means the CPU: as a method or module (`.cuda`), and inside type names."""
 
     module: str
     qualname: str
@@ -58,6 +59,12 @@ def _set_rng_state(new_state: torch.Tensor, device: Any = None, graph_safe: bool
 
 def _split_sizes_to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _rope_of_this_cp_rank(pos_emb: torch.Tensor, seq_dim: int, cp_group: Any) -> torch.Tensor:
+    """Chunks r and 2*cp-1-r of 2*cp, along `seq_dim`."""
+    chunks = pos_emb.chunk(2 * cp_group.size(), dim=seq_dim)
+    return torch.cat([chunks[cp_group.rank()], chunks[2 * cp_group.size() - 1 - cp_group.rank()]], dim=seq_dim)
 
 
 def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,6 +93,18 @@ REPLACEMENTS: tuple[Replacement, ...] = (
         _split_sizes_to_numpy,
         "all-to-all split sizes become numpy only when they come from a GPU; gloo refuses tensors",
     ),
+    Replacement(
+        "megatron.core.models.common.embeddings.rope_utils",
+        "get_pos_emb_on_this_cp_rank",
+        _rope_of_this_cp_rank,
+        "pins memory and moves indices with .cuda(non_blocking=True)",
+    ),
+    Replacement(
+        "megatron.core.models.common.embeddings.rotary_pos_embedding",
+        "get_pos_emb_on_this_cp_rank",
+        _rope_of_this_cp_rank,
+        "as above, where it is used",
+    ),
     Replacement("megatron.core.optimizer", "Adam", GroupStepAdamW, "stands in for Transformer Engine's FusedAdam"),
     Replacement(
         "megatron.core.optimizer", "USING_PYTORCH_OPTIMIZER", False, "GroupStepAdamW keeps state as FusedAdam does"
@@ -106,14 +125,18 @@ REPLACEMENTS: tuple[Replacement, ...] = (
 )
 
 _TYPES = "compares Tensor.type() with torch.cuda.* names"
-CONSTANTS: tuple[Constants, ...] = (
-    Constants("megatron.core.optimizer.clip_grads", "clip_grad_by_total_norm_fp32", _TYPES),
-    Constants(
-        "megatron.core.optimizer.distrib_optimizer",
-        "DistributedOptimizer._build_model_and_main_param_groups",
-        _TYPES,
+_MOVES = "moves a tensor with .cuda()"
+_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
+REWRITES: tuple[Rewrite, ...] = (
+    Rewrite("megatron.core.optimizer.clip_grads", "clip_grad_by_total_norm_fp32", _TYPES),
+    Rewrite(_OPTIMIZER, "DistributedOptimizer._build_model_and_main_param_groups", _TYPES),
+    Rewrite(_OPTIMIZER, "DistributedOptimizer.__init__", _TYPES),
+    Rewrite(_OPTIMIZER, "DistributedOptimizer.get_parameter_state_dp_zero", _MOVES),
+    Rewrite(
+        "megatron.core.models.common.language_module.language_module",
+        "LanguageModule.setup_embeddings_and_output_layer",
+        _MOVES,
     ),
-    Constants("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.__init__", _TYPES),
 )
 
 
@@ -234,7 +257,9 @@ def _cuda_view() -> types.ModuleType:
 
 _CUDA_ON_CPU = _cuda_view()
 _TORCH_ON_CPU = _View(
-    torch, {"cuda": _CUDA_ON_CPU} | {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES + _FACTORIES_LIKE}
+    torch,
+    # "cpu" too, because rewritten functions ask for `torch.cpu.current_device()`
+    {"cuda": _CUDA_ON_CPU, "cpu": _CUDA_ON_CPU} | {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES + _FACTORIES_LIKE}
 )
 
 
@@ -244,12 +269,21 @@ def _rename(constant: Any) -> Any:
     return constant.replace("torch.cuda.", "torch.") if isinstance(constant, str) else constant
 
 
-def _rewrite_constants(module: types.ModuleType, entry: Constants) -> None:
+def resolve(module: types.ModuleType, qualname: str) -> Any:
+    """The function 'Class.method' or 'function' of a module; AttributeError when it is gone."""
     target: Any = module
-    for part in entry.qualname.split("."):
+    for part in qualname.split("."):
         target = getattr(target, part)
-    function = getattr(target, "__func__", target)
-    function.__code__ = function.__code__.replace(co_consts=tuple(_rename(c) for c in function.__code__.co_consts))
+    return getattr(target, "__func__", target)
+
+
+def _rewrite(module: types.ModuleType, entry: Rewrite) -> None:
+    function = resolve(module, entry.qualname)
+    code = function.__code__
+    function.__code__ = code.replace(
+        co_consts=tuple(_rename(constant) for constant in code.co_consts),
+        co_names=tuple("cpu" if name == "cuda" else name for name in code.co_names),
+    )
 
 
 def _adapt(module: types.ModuleType) -> None:
@@ -258,9 +292,9 @@ def _adapt(module: types.ModuleType) -> None:
     for entry in REPLACEMENTS:
         if entry.module == module.__name__:
             setattr(module, entry.name, entry.value)
-    for constants in CONSTANTS:
-        if constants.module == module.__name__:
-            _rewrite_constants(module, constants)
+    for rewrite in REWRITES:
+        if rewrite.module == module.__name__:
+            _rewrite(module, rewrite)
 
 
 class _AdaptingLoader(SourceFileLoader):

@@ -46,8 +46,10 @@ class PortableGroupedExperts(MegatronModule):
         if self.config.perform_initialization:
             with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()), torch.no_grad():
                 init_method(weight)
-        # Gradients of experts are reduced over the expert-data-parallel group only (as ColumnParallelLinear marks them).
-        weight.allreduce = self.config.expert_model_parallel_size <= 1  # type: ignore[attr-defined]
+        # Without this mark gradients are reduced over the dense data-parallel ranks; experts have others as soon as they
+        # are spread over ranks or split differently from the dense matrices (the rule of ColumnParallelLinear).
+        etp, tp = self.config.expert_tensor_parallel_size, self.config.tensor_model_parallel_size
+        weight.allreduce = self.config.expert_model_parallel_size <= 1 and etp == tp  # type: ignore[attr-defined]
         return weight
 
     def forward(
