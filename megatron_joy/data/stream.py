@@ -25,6 +25,8 @@ from megatron_joy.recipe.schema import DataSection, Recipe, SourceEntry
 
 Split = Literal["train", "validation"]
 
+ORDER_VERSION = 1  # of the way from k to tokens; part of the fingerprint that a checkpoint keeps
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -64,15 +66,11 @@ class SampleStream:
         opened = [Source(entry.manifest, data.sequence_length) for entry in entries]
         _check_distinct(split, entries, opened)
         _check_one_tokenizer(opened, data.tokenizer)
-        shared = set(repeated_names(source.name for source in opened))
-        names = [f"{x.name} ({entry.manifest})" if x.name in shared else x.name for x, entry in zip(opened, entries)]
+        names = _names(entries, opened)
         self.sources: Mapping[str, Source] = dict(zip(names, opened, strict=True))
         tokenizer = opened[0].manifest.tokenizer
-        self.eod_id, self.vocab_size, self.tokenizer_sha256 = (
-            tokenizer.eod_id,
-            tokenizer.vocab_size,
-            tokenizer.sha256,
-        )
+        self.eod_id, self.vocab_size = tokenizer.eod_id, tokenizer.vocab_size
+        self.tokenizer_sha256 = tokenizer.sha256
         self._seed = seed
         self._orders = {n: SourceOrder(seed, x.fingerprint, x.samples) for n, x in self.sources.items()}
         self._blend = Blend([BlendSegment(0, {n: entry.weight for n, entry in zip(names, entries, strict=True)})])
@@ -109,14 +107,12 @@ class SampleStream:
         return {name: read.get(name, 0) / source.samples for name, source in self.sources.items()}
 
     def fingerprint(self) -> str:
-        """SHA-256 of what determines every sample: equal for two streams if and only if they give the same samples."""
-        facts = {
-            "seed": self._seed,
-            "sequence_length": self.sequence_length,
-            "blend": self._blend.description(),
-            "sources": {name: source.fingerprint for name, source in self.sources.items()},
-        }
-        return hashlib.sha256(orjson.dumps(facts, option=orjson.OPT_SORT_KEYS)).hexdigest()
+        """SHA-256 of all that determines the samples: two streams that have it in common give the same ones."""
+        blend = [
+            (start, [(self.sources[name].fingerprint, slots) for name, slots in shares])
+            for start, shares in self._blend.description()
+        ]
+        return hashlib.sha256(orjson.dumps([ORDER_VERSION, self._seed, self.sequence_length, blend])).hexdigest()
 
     def check_sizes(self) -> None:
         """Holds the size of every shard file against its manifest; for one rank to do before training."""
@@ -151,14 +147,23 @@ def open_streams(recipe: Recipe) -> tuple[SampleStream, SampleStream | None]:
     return train, validation
 
 
+def _names(entries: Sequence[SourceEntry], sources: Sequence[Source]) -> list[str]:
+    """What each source is called in this run: its manifest's name, with the folder where two have one name."""
+    shared = set(repeated_names(source.name for source in sources))
+    return [
+        f"{source.name} ({entry.manifest})" if source.name in shared else source.name
+        for source, entry in zip(sources, entries, strict=True)
+    ]
+
+
 def _check_distinct(split: Split, entries: Sequence[SourceEntry], sources: Sequence[Source]) -> None:
     """Refuses one content under two entries: both would be read in the same order, each sample twice."""
     seen: dict[str, str] = {}
     for entry, source in zip(entries, sources, strict=True):
         if source.fingerprint in seen:
             raise UserError(
-                f"data.{split}: {seen[source.fingerprint]} and {entry.manifest} hold the same shards; keep one, with the "
-                "sum of their weights"
+                f"data.{split}: {seen[source.fingerprint]} and {entry.manifest} hold the same shards; keep one, with "
+                "the sum of their weights"
             )
         seen[source.fingerprint] = entry.manifest
 
@@ -172,10 +177,16 @@ def _check_one_tokenizer(sources: Sequence[Source], folder: str | None) -> None:
             expected, owner = hashlib.sha256(path.read_bytes()).hexdigest(), str(path)
         except OSError as error:
             raise UserError(f"data.tokenizer: {path} cannot be read ({error.strerror}); name its folder") from None
+    eod = sources[0].manifest.tokenizer.eod_id
     for source in sources:
-        found = source.manifest.tokenizer.sha256
-        if found != expected:
+        found = source.manifest.tokenizer
+        if found.sha256 != expected:
             raise UserError(
-                f"{source.folder}: made with tokenizer {found[:12]}, expected {expected[:12]} of {owner}; "
+                f"{source.folder}: made with tokenizer {found.sha256[:12]}, expected {expected[:12]} of {owner}; "
                 "tokenize this source again with that one"
+            )
+        if found.eod_id != eod:
+            raise UserError(
+                f"{source.folder}: documents end with id {found.eod_id}, expected {eod} as in {sources[0].folder}; "
+                "tokenize this source again"
             )
