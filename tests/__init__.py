@@ -1,0 +1,1 @@
+"""Tests, one folder per room; `gloo` starts the worlds of several processes."""
