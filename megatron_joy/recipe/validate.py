@@ -71,12 +71,14 @@ def _tensor_parallel(recipe: Recipe) -> str | None:
 
 
 def _expert_tensor_parallel(recipe: Recipe) -> str | None:
-    width, degree = recipe.model.moe_intermediate_size, recipe.layout.expert_tensor_parallel_size
+    width, layout = recipe.model.moe_intermediate_size, recipe.layout
+    degree = layout.expert_tensor_parallel_size
     if width % degree == 0:
         return None
+    ranks = max(1, layout.world_size // (layout.expert_model_parallel_size * layout.pipeline_model_parallel_size))
     return (
         f"layout.expert_tensor_parallel_size = {degree}: must divide model.moe_intermediate_size = {width}; "
-        f"set layout.expert_tensor_parallel_size = {nearest_divisor(degree, width)}"
+        f"set layout.expert_tensor_parallel_size = {nearest_divisor(degree, math.gcd(width, ranks))}"
     )
 
 
@@ -169,7 +171,8 @@ def _sequence_shards(recipe: Recipe) -> str | None:
     layout, length, samples = recipe.layout, recipe.data.sequence_length, recipe.train.micro_batch_size
     tensor, context = layout.tensor_model_parallel_size, layout.context_parallel_size
     # A degree that doesn't suit the model is told by its own rule; a sequence to suit it would be no fix.
-    if recipe.model.num_attention_heads % tensor or samples * length % (context * tensor) == 0:
+    told = recipe.model.num_attention_heads % tensor != 0
+    if tensor == 1 or told or samples * length % (context * tensor) == 0:
         return None
     return (
         f"data.sequence_length = {length}: train.micro_batch_size x data.sequence_length / CP = {samples} x {length} / "

@@ -1,0 +1,15 @@
+"""What every test shares: `gpu` tests need a CUDA device and say so where there is none."""
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    wanting = [item for item in items if item.get_closest_marker("gpu")]
+    if not wanting:
+        return
+    # Torch is imported only for a collection that has such tests: the others stay quick and torch-free.
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in wanting:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
