@@ -67,7 +67,9 @@ class TokenFiles:
         with self._lock:
             data = os.pread(self._descriptor(path, size), length, offset)
         if len(data) != length:
-            raise UserError(f"{path}: ends at byte {offset + len(data)}, expected {size}; it was cut while it was read")
+            raise UserError(
+                f"{path}: nothing at byte {offset + len(data)}, expected {size} bytes; it was cut while it was read"
+            )
         return data
 
     def _descriptor(self, path: Path, size: int) -> int:

@@ -24,7 +24,7 @@ def trace(run_folder: Path | str, step: int, rank: int | None = None) -> list[di
 
     rank: a data-parallel rank, None for all. One row for each part of a document in a sample, all of it JSON:
         step; rank (data-parallel), micro_batch, row (in the micro-batch), by the layout of the newest attempt;
-        sample (of the run); source; epoch; index (sample of the source); token_offset (of the sample in the source's text);
+        sample (of the run); source; epoch; index (sample of the source); token_offset (of the sample in the source);
         shard; document (number in the shard); tokens [first, last) in the sample; document_tokens [first, last) in the
         document; origin (file, offset, licence, ... as `DocumentOrigin`; None where the shard has none).
     A sample has sequence_length + 1 tokens; the last one is only a label.
