@@ -1,4 +1,4 @@
-"""Initial weights as a pure function of (seed, parameter's name, expert), so that every layout starts from the same model.
+"""Initial weights as a pure function of (seed, parameter's name, expert): every layout starts from the same model.
 
 Each rank draws a whole matrix from a generator seeded by its name and keeps its part: a few seconds for 48B parameters
 over the ranks of a cluster, and no broadcast. Matrices are normal with the recipe's standard deviation, norms are ones.
@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 
 def seed_of(seed: int, key: str, index: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""The architecture as Megatron-core's layer pattern: '+' MLA, '-' dense MLP, 'E' MoE, '|' pipeline cut, '/' MTP layer."""
+"""The architecture as Megatron-core's layer pattern: '+' MLA, '-' dense MLP, 'E' MoE, '|' pipeline cut, '/' MTP."""
 
 from megatron_joy.recipe.schema import Recipe
 

@@ -47,9 +47,7 @@ def _attention(blocks: Blocks) -> ModuleSpec:
 
 def _feed_forward(blocks: Blocks) -> tuple[ModuleSpec, ModuleSpec]:
     linears = MLPSubmodules(linear_fc1=blocks.column_linear, linear_fc2=blocks.row_linear)
-    experts = MoESubmodules(
-        experts=blocks.grouped_experts, shared_experts=partial(SharedExpertMLP, submodules=linears)
-    )
+    experts = MoESubmodules(experts=blocks.grouped_experts, shared_experts=partial(SharedExpertMLP, submodules=linears))
     dense = ModuleSpec(
         module=MLPLayer,
         submodules=TransformerLayerSubmodules(

@@ -11,8 +11,9 @@ from megatron_joy.recipe.schema import Recipe
 
 
 def build_optimizer(recipe: Recipe, process: Process, chunks: Sequence[Any]) -> MegatronOptimizer:
-    """The optimizer of DDP-wrapped chunks. State is sharded over data-parallel ranks also when there is only one, so that
-    checkpoints of all layouts have one form. One-dimensional parameters (norms) get no weight decay.
+    """The optimizer of DDP-wrapped chunks; one-dimensional parameters (norms) get no weight decay.
+
+    State is sharded over data-parallel ranks also when there is only one: checkpoints of all layouts have one form.
     """
     section, dtype = recipe.optimizer, DTYPES[recipe.precision.params_dtype]
     config = OptimizerConfig(
@@ -28,9 +29,7 @@ def build_optimizer(recipe: Recipe, process: Process, chunks: Sequence[Any]) -> 
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )
-    return get_megatron_optimizer(
-        config, list(chunks), use_gloo_process_groups=False, pg_collection=process.groups
-    )
+    return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False, pg_collection=process.groups)
 
 
 def parts(optimizer: MegatronOptimizer) -> list[Any]:

@@ -8,7 +8,7 @@ from megatron_joy.recipe.schema import Recipe
 def learning_rate(recipe: Recipe, step: int) -> float:
     """The learning rate of the `step`-th optimizer update, counted from 1 (arXiv 2604.03044, 2.4; cosine of stage 2).
 
-    Linear from 0 over warmup_steps (the last warmup step has peak_lr), peak_lr, and over the last decay_steps of the run
+    Linear from 0 over warmup_steps (the last of them has peak_lr), peak_lr, and over the last decay_steps of the run
     down to final_lr, which the last step has.
     """
     schedule = recipe.schedule

@@ -1,4 +1,4 @@
-"""Every place where something of Megatron-core is replaced, with the reason; `tests/platform` checks that each still exists.
+"""Every place where something of Megatron-core is replaced, and why; `tests/platform` checks that each still exists.
 
 Three occasions: without a GPU (`cpu.REPLACEMENTS`, `cpu.REWRITES`), always (`ALWAYS`: a defect of Megatron-core on
 every platform), and only while a model is being built (`BUILDING`: extension points that Megatron-core lacks).

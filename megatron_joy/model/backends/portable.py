@@ -22,7 +22,7 @@ def _device(config: TransformerConfig) -> torch.device:
 
 
 class PortableNorm(torch.nn.Module):
-    """RMSNorm over the last dimension; Megatron-core's torch norm refuses sequence parallelism, this one marks its weight."""
+    """RMSNorm over the last dimension that allows sequence parallelism, which Megatron-core's torch norm refuses."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any) -> None:
         super().__init__()

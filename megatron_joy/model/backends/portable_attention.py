@@ -4,6 +4,7 @@ Letters: s row length, b rows, t = b*s packed tokens, n heads on this rank, d qu
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def zigzag_order(cp_size: int) -> list[int]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of queries that are the last ones of the keys. q [l, n, d], k [m, n, d], v [m, n, e] -> [l, n, e]."""
+    """Causal attention; the queries are the keys' last ones. q [l, n, d], k [m, n, d], v [m, n, e] -> [l, n, e]."""
     ql, kl = q.shape[0], k.shape[0]
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, n, l, d]
     mask = None
@@ -54,7 +55,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, borders: Sequence[int], scale: float) -> Tensor:
     """Attention inside each document. q [t, n, d], k [t, n, d], v [t, n, e], borders 0..t -> [t, n, e]."""
-    return torch.cat([attend(q[i:j], k[i:j], v[i:j], scale) for i, j in zip(borders[:-1], borders[1:], strict=True)])
+    return torch.cat([attend(q[i:j], k[i:j], v[i:j], scale) for i, j in pairwise(borders)])
 
 
 def attend_chunk(q: Tensor, k: Tensor, v: Tensor, start: int, borders: Sequence[int], scale: float) -> Tensor:
@@ -63,7 +64,7 @@ def attend_chunk(q: Tensor, k: Tensor, v: Tensor, start: int, borders: Sequence[
     q [l, n, d], k [s, n, d], v [s, n, e] -> [l, n, e].
     """
     end, outputs = start + q.shape[0], []
-    for first, last in zip(borders[:-1], borders[1:], strict=True):
+    for first, last in pairwise(borders):
         a, b = max(first, start), min(last, end)
         if a < b:
             outputs.append(attend(q[a - start : b - start], k[first:b], v[first:b], scale))

@@ -31,7 +31,8 @@ class PortableGroupedExperts(MegatronModule):
         name: str | None = None,
     ) -> None:
         super().__init__(config=config)
-        self.ep_group, self.etp_group, self.expert_dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
+        self.ep_group, self.etp_group = pg_collection.ep, pg_collection.expt_tp
+        self.expert_dp_group = pg_collection.expt_dp
         self.num_local_experts = num_local_experts
         width = config.moe_ffn_hidden_size // self.etp_group.size()
         self.linear_fc1 = self._parameter((num_local_experts, 2 * width, config.hidden_size), 1, config.init_method)
@@ -46,8 +47,8 @@ class PortableGroupedExperts(MegatronModule):
         if self.config.perform_initialization:
             with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()), torch.no_grad():
                 init_method(weight)
-        # Without this mark gradients are reduced over the dense data-parallel ranks; experts have others as soon as they
-        # are spread over ranks or split differently from the dense matrices (the rule of ColumnParallelLinear).
+        # Without this mark gradients are reduced over the dense data-parallel ranks; experts have others as soon as
+        # they are spread over ranks or split differently from dense matrices (the rule of ColumnParallelLinear).
         etp, tp = self.config.expert_tensor_parallel_size, self.config.tensor_model_parallel_size
         weight.allreduce = self.config.expert_model_parallel_size <= 1 and etp == tp  # type: ignore[attr-defined]
         return weight
