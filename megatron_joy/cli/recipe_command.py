@@ -87,15 +87,21 @@ def _size(recipe: Recipe, as_json: bool) -> None:
 
     counts = parameter_counts(recipe)
     if as_json:
-        kinds = [{"kind": kind, "total": total, "active": active} for kind, total, active in counts.rows]
-        _print_json({"name": recipe.name, "kinds": kinds, "total": counts.total, "active": counts.active})
+        _print_json({"name": recipe.name} | counts.as_json())
         return
     table = Table(title=f"Parameters of {recipe.name}")
     table.add_column("kind")
     table.add_column("total", justify="right")
     table.add_column("active per token", justify="right")
-    for kind, total, active in counts.rows:
-        table.add_row(kind, f"{total:,}", f"{active:,}")
-    table.add_section()
-    table.add_row("all", f"{counts.total:,}", f"{counts.active:,}")
+    for rows, name, total, active in (
+        (counts.rows, "main model", counts.total, counts.active),
+        (counts.mtp_rows, "MTP layer (tables shared)", counts.mtp, counts.mtp),
+    ):
+        for kind, of_kind, of_token in rows:
+            table.add_row(kind, f"{of_kind:,}", f"{of_token:,}")
+        table.add_section()
+        if rows:
+            table.add_row(name, f"{total:,}", f"{active:,}", style="bold", end_section=True)
+    for name, active in counts.readings.items():
+        table.add_row(f"active {name}", "", f"{active:,}")
     Console().print(table)

@@ -1,8 +1,11 @@
-"""This process's device, its process groups and its random state. The one place that touches Megatron-core's globals."""
+"""This process's device, process groups and random state. The one place that touches Megatron-core's globals."""
 
 import datetime
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,11 +70,15 @@ def start(layout: LayoutSection, seed: int, timeout_minutes: float = 30.0) -> Pr
     )
 
 
+def _hash_store() -> Any:
+    return dist.HashStore()  # type: ignore[attr-defined]
+
+
 def _join_world(info: RankInfo, timeout_minutes: float) -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if info.world_size == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=_hash_store(), rank=0, world_size=1, timeout=timeout)
         return
     os.environ.setdefault("RANK", str(info.rank))
     os.environ.setdefault("WORLD_SIZE", str(info.world_size))
@@ -97,6 +104,26 @@ def stop() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def alone() -> Iterator[Process]:
+    """A world of this process only, whatever launched it: for looking at a model without running it.
+
+    Raises RuntimeError in a process that has joined a larger world, whose groups it would replace.
+    """
+    if joined := dist.is_initialized():
+        if dist.get_world_size() > 1:
+            raise RuntimeError("process.alone() was called in a process that has joined a world")
+    else:
+        dist.init_process_group("gloo", store=_hash_store(), rank=0, world_size=1)
+    build_groups(LayoutSection())
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    try:
+        yield Process(RankInfo(0, 1, 0, 1, "none"), torch.device("cpu"), groups, 1)
+    finally:
+        if not joined:
+            stop()
 
 
 def is_first_stage(virtual_stage: int | None) -> bool:
