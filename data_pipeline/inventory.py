@@ -1,0 +1,180 @@
+"""What a pipeline reads: files found in a fixed order, cut into pieces, pieces packed into read tasks.
+
+The result depends on the files and the pipeline alone, never on the number of workers.
+"""
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from data_pipeline.config import Pipeline, SourceSection
+from data_pipeline.environment import environment_files
+from megatron_joy.errors import UserError
+
+MEGABYTE = 1_000_000
+COMPRESSED = {".gz": 4, ".zst": 4}  # how much text a byte is taken for when work is divided
+JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst")
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text", ".markdown")
+CODE_SUFFIXES = (
+    *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".java", ".kt", ".scala", ".go", ".rs"),
+    *(".js", ".jsx", ".ts", ".tsx", ".rb", ".php", ".swift", ".lua", ".pl", ".r", ".jl", ".hs", ".ml", ".sh", ".sql"),
+    *(".cs", ".m", ".f90", ".el", ".clj", ".ex", ".exs", ".cmake", ".md", ".rst"),
+)
+DEFAULT_SUFFIXES = {"jsonl": JSONL_SUFFIXES, "text": TEXT_SUFFIXES, "code": CODE_SUFFIXES}
+SKIPPED_FOLDERS = {"__pycache__", "node_modules"}
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """One input. path is what reports call it; location is its path's bytes as Latin-1 (any file name survives)."""
+
+    source: int
+    path: str
+    location: str
+    size: int
+    modified_ns: int
+    licence: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The records of an input that start in [start, end); end is None for all the rest."""
+
+    input: int
+    start: int
+    end: int | None
+
+
+def printable(path: str) -> str:
+    """A path that can be written as UTF-8, whatever bytes its name holds."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _input(source: int, path: str, display: str, licence: str | None) -> InputFile:
+    status = os.stat(path)
+    location = os.fsencode(os.path.abspath(path)).decode("latin-1")
+    return InputFile(source, printable(display), location, status.st_size, status.st_mtime_ns, licence)
+
+
+def _walk(folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
+    """Files of a tree by suffix, in order. Links are not followed: a foreign tree must not lead out of itself."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in SKIPPED_FOLDERS)
+        for name in sorted(files):
+            path = os.path.join(parent, name)
+            if name.lower().endswith(suffixes) and not os.path.islink(path) and os.path.isfile(path):
+                yield path
+
+
+def _expand(pattern: str, suffixes: tuple[str, ...]) -> Iterator[str]:
+    found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+    for path in found:
+        if os.path.isdir(path):
+            yield from _walk(path, suffixes)
+        elif os.path.isfile(path):
+            yield path
+
+
+def _files_of(number: int, source: SourceSection) -> list[InputFile]:
+    if source.reader == "python_environment":
+        return [
+            _input(number, file.location, file.path, file.licence or source.licence)
+            for file in environment_files(source.part)
+        ]
+    suffixes = tuple(source.suffixes) or DEFAULT_SUFFIXES[source.reader]
+    paths: dict[str, None] = {}
+    for pattern in source.paths:
+        before = len(paths)
+        paths |= dict.fromkeys(_expand(pattern, suffixes))
+        if len(paths) == before and not any(True for _ in _expand(pattern, suffixes)):
+            raise UserError(
+                f"sources.{number}.paths: {pattern} matches no file (endings looked for in folders: "
+                f"{' '.join(suffixes[:8])}); give a file, a folder or a glob that exists"
+            )
+    return [_input(number, path, path, source.licence) for path in paths]
+
+
+def text_bytes(path: str, size: int) -> int:
+    """How much text a file is taken for."""
+    return size * COMPRESSED.get(os.path.splitext(path)[1], 1)
+
+
+def _cut(number: int, file: InputFile, reader: str, target: int) -> Iterator[tuple[Piece, int]]:
+    """The pieces of one input with their estimated text; only plain JSONL can be cut."""
+    if reader != "jsonl" or file.path.endswith(tuple(COMPRESSED)) or file.size <= target:
+        yield Piece(number, 0, None), text_bytes(file.path, file.size)
+        return
+    for start in range(0, file.size, target):
+        end = min(start + target, file.size)
+        yield Piece(number, start, end), end - start
+
+
+def _capped(pieces: list[tuple[Piece, int]], files: list[InputFile], limit: float | None) -> list[tuple[Piece, int]]:
+    """A sample of the pieces up to a size, chosen by a hash of their names; at least one piece."""
+    if limit is None:
+        return pieces
+
+    def key(item: tuple[Piece, int]) -> bytes:
+        return hashlib.sha256(f"{item[0].start} {files[item[0].input].path}".encode()).digest()
+
+    chosen: set[Piece] = set()
+    room = int(limit * MEGABYTE)
+    for piece, size in sorted(pieces, key=key):
+        if size <= room or not chosen:
+            chosen.add(piece)
+            room -= size
+    return [item for item in pieces if item[0] in chosen]
+
+
+def _used(
+    pieces: list[tuple[Piece, int]], files: list[InputFile], first: int
+) -> tuple[list[tuple[Piece, int]], list[InputFile]]:
+    """Only the files that have pieces, numbered from `first`."""
+    numbers: dict[int, int] = {}
+    for piece, _ in pieces:
+        numbers.setdefault(piece.input, first + len(numbers))
+    renumbered = [(replace(piece, input=numbers[piece.input]), size) for piece, size in pieces]
+    return renumbered, [files[number] for number in numbers]
+
+
+def _pack(pieces: Iterable[tuple[Piece, int]], target: int) -> list[list[Piece]]:
+    """Neighbouring pieces together, up to about the target size."""
+    tasks: list[list[Piece]] = []
+    room = 0
+    for piece, size in pieces:
+        if not tasks or size > room:
+            tasks.append([])
+            room = target
+        tasks[-1].append(piece)
+        room -= size
+    return tasks
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Every input, the pieces of each read task, and the estimated text in bytes."""
+
+    inputs: list[InputFile]
+    tasks: list[list[Piece]]
+    text_bytes: int
+
+
+def take_inventory(pipeline: Pipeline) -> Inventory:
+    """Find the inputs of a pipeline. Raises UserError when a path matches nothing or nothing is there at all."""
+    target = int(pipeline.output.shard_megabytes * MEGABYTE)
+    inputs: list[InputFile] = []
+    pieces: list[tuple[Piece, int]] = []
+    for number, source in enumerate(pipeline.sources):
+        files = _files_of(number, source)
+        cut = [item for index, file in enumerate(files) for item in _cut(index, file, source.reader, target)]
+        own, files = _used(_capped(cut, files, source.max_megabytes), files, len(inputs))
+        inputs += files
+        pieces += own
+    size = sum(size for _, size in pieces)
+    if not size:
+        raise UserError(
+            f"pipeline {pipeline.name}: empty corpus, {len(inputs)} input files with 0 bytes; give sources with text"
+        )
+    return Inventory(inputs, _pack(pieces, target), size)

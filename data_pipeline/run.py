@@ -1,0 +1,117 @@
+"""`joy data run`: plan, do what is not done yet, publish. All that matters is in the files, so it can be killed."""
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.config import Pipeline, load_pipeline
+from data_pipeline.engine import WORK, Engine, Job, make_plan, remove_partial_files, save_plan, statistics_of
+from data_pipeline.finish import tidy, unpublish
+from data_pipeline.local import LocalPool
+from data_pipeline.stages import STAGES
+from megatron_joy.errors import UserError
+
+EXECUTORS = ("local",)
+LATER_EXECUTORS = ("slurm", "mpi", "ray")
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did. tasks_done: in this run; tasks_kept: from an earlier one; notes: what a person should know."""
+
+    pipeline: Pipeline
+    tasks_done: int
+    tasks_kept: int
+    notes: list[str]
+    checked: int
+
+
+def available_cpus() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def check_executor(executor: str) -> None:
+    """Raises UserError, naming what exists, for an executor that does not."""
+    if executor in LATER_EXECUTORS:
+        raise UserError(
+            f"--executor {executor}: not available; --executor local runs on this machine, and any scheduler can start "
+            "`python -m data_pipeline.worker PIPELINE.toml --stage S --shard K` itself (docs/data.md)"
+        )
+    if executor not in EXECUTORS:
+        raise UserError(f"--executor {executor}: unknown; available: {', '.join(EXECUTORS)}")
+
+
+@contextmanager
+def sole_run(folder: Path) -> Iterator[None]:
+    """Hold the output folder's lock; it goes with the process. Raises UserError when another run holds it."""
+    lock = folder / WORK / "lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"output.folder = {folder}: another run is writing there; wait for it or stop it") from None
+        yield
+
+
+def run_pipeline(
+    name_or_path: str,
+    overrides: Sequence[str] = (),
+    executor: str = "local",
+    workers: int | None = None,
+    on_progress: Progress = lambda stage, done, total: None,
+) -> Outcome:
+    """Run a pipeline to its end, or go on where an earlier run stopped.
+
+    on_progress(purpose of the stage, tasks done, tasks in all) is called as tasks finish. Raises UserError, before
+    anything is published, for what is wrong with the pipeline or its inputs; WorkError when the work fails.
+    """
+    check_executor(executor)
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers {workers}: expects 1 or more")
+    pipeline = load_pipeline(name_or_path, overrides)
+    plan = make_plan(pipeline)
+    with sole_run(pipeline.folder):
+        save_plan(pipeline, plan)
+        job = Job(pipeline, plan)
+        engine = Engine(job, STAGES)
+        left = engine.unfinished()
+        if left:
+            unpublish(job)
+            remove_partial_files(pipeline.folder)
+        done = _run_stages(engine, left, LocalPool(name_or_path, overrides, workers or available_cpus()), on_progress)
+        tidy(job)
+    total = sum(stage.shards(job) for stage in STAGES)
+    finish: dict[str, Any] = statistics_of(job, "finish", 1)[0]
+    return Outcome(pipeline, done, total - done, finish["notes"], finish["checked"])
+
+
+def _run_stages(engine: Engine, left: list[tuple[str, list[int]]], pool: LocalPool, on_progress: Progress) -> int:
+    """Run what is left, stage by stage; returns how many tasks that were."""
+    finished = 0
+    try:
+        for stage, shards in left:
+            purpose = engine.stages[stage].purpose
+            total = engine.stages[stage].shards(engine.job)
+            state = [total - len(shards)]
+            on_progress(purpose, state[0], total)
+
+            def count(
+                answer: dict[str, Any], purpose: str = purpose, total: int = total, state: list[int] = state
+            ) -> None:
+                state[0] += 1
+                on_progress(purpose, state[0], total)
+
+            pool.run(stage, shards, count)
+            finished += len(shards)
+    except BaseException:
+        pool.close(kill=True)
+        raise
+    pool.close()
+    return finished

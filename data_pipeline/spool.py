@@ -1,0 +1,177 @@
+"""Documents on their way, partitioned by a hash of their text: the first of the two passes of the global shuffle.
+
+A document's bucket follows from its text alone, so equal texts meet in one bucket, where all but the first are dropped,
+and a bucket is a random sample of the corpus. Each bucket becomes one shard; its documents are ordered there by a
+seeded hash. Nothing ever holds more than one bucket, or `RUN_BYTES` of a read task, in memory.
+
+A spool is one file of Zstandard frames, one for each run and bucket, and an index, int64 [frames, 4]: bucket, offset,
+compressed bytes, documents.
+"""
+
+import hashlib
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from megatron_joy.data.atomic import atomic_file
+from megatron_joy.errors import WorkError
+
+RUN_BYTES = 64_000_000  # text that a read task gathers before it writes a run
+HASH_BYTES = 16
+HEADER = struct.Struct("<16sIQHI")  # hash, input, offset, licence bytes, text bytes
+SPLITS = ("train", "validation")
+SPLIT_SCALE = 2**32
+
+
+@dataclass(frozen=True, slots=True)
+class Spooled:
+    """A document with the first 16 bytes of its text's SHA-256 and where it is from."""
+
+    hash: bytes
+    input: int
+    offset: int
+    licence: str | None
+    text: bytes
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """How documents are divided: buckets 0 .. train - 1 are the training set's, the rest the validation set's."""
+
+    train: int
+    validation: int
+    validation_share: float
+
+    @property
+    def total(self) -> int:
+        """All buckets of both splits."""
+        return self.train + self.validation
+
+    def split_of(self, bucket: int) -> tuple[str, int]:
+        """The split of a bucket and its number there."""
+        return (SPLITS[0], bucket) if bucket < self.train else (SPLITS[1], bucket - self.train)
+
+    def bucket_of(self, text_hash: bytes) -> int:
+        """The bucket of a text by its hash. Independent bits choose the split, the bucket and (later) the order."""
+        place, part = struct.unpack_from("<QI", text_hash)
+        if part < self.validation_share * SPLIT_SCALE:
+            return self.train + int(place % self.validation)
+        return int(place % self.train)
+
+
+def divide(text_bytes: int, validation_share: float, shard_bytes: int) -> Buckets:
+    """Buckets of about `shard_bytes` of text each; at least one for training, and one for validation if wanted."""
+    train = max(1, round(text_bytes * (1 - validation_share) / shard_bytes))
+    validation = max(1, round(text_bytes * validation_share / shard_bytes)) if validation_share else 0
+    return Buckets(train, validation, validation_share)
+
+
+def text_hash(text: bytes) -> bytes:
+    """The first 16 bytes of the SHA-256 of a text."""
+    return hashlib.sha256(text).digest()[:HASH_BYTES]
+
+
+class SpoolWriter:
+    """Writes one read task's documents into `spool.zst` and `spool.npy`'s rows; bounded in memory."""
+
+    def __init__(self, stream: BinaryIO, buckets: Buckets) -> None:
+        self._stream = stream
+        self._buckets = buckets
+        self._compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
+        self._gathered: dict[int, list[bytes]] = {}
+        self._size = 0
+        self._offset = 0
+        self._rows: list[tuple[int, int, int, int]] = []
+
+    def add(self, file: int, offset: int, licence: str | None, text: bytes) -> None:
+        """Put a document into its bucket."""
+        digest = text_hash(text)
+        stated = (licence or "").encode()[:255]
+        header = HEADER.pack(digest, file, offset, len(stated), len(text))
+        self._gathered.setdefault(self._buckets.bucket_of(digest), []).extend((header, stated, text))
+        self._size += len(text)
+        if self._size >= RUN_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was gathered as one run, bucket by bucket."""
+        for bucket, parts in sorted(self._gathered.items()):
+            frame = self._compressor.compress(b"".join(parts))
+            self._stream.write(frame)
+            self._rows.append((bucket, self._offset, len(frame), len(parts) // 3))
+            self._offset += len(frame)
+        self._gathered.clear()
+        self._size = 0
+
+    def index(self) -> npt.NDArray[np.int64]:
+        """The frames written so far: int64 [frames, 4]."""
+        return np.array(self._rows, dtype=np.int64).reshape(-1, 4)
+
+
+def spool_paths(folder: Path) -> tuple[Path, Path]:
+    """The data and the index of the spool in a folder."""
+    return folder / "spool.zst", folder / "spool.npy"
+
+
+def write_index(path: Path, index: npt.NDArray[np.int64]) -> None:
+    """Write a spool's index atomically."""
+    with atomic_file(path) as stream:
+        np.save(stream, index, allow_pickle=False)
+
+
+def _parse(content: bytes) -> Iterator[Spooled]:
+    place = 0
+    while place < len(content):
+        digest, file, offset, licence_bytes, text_bytes = HEADER.unpack_from(content, place)
+        text_start = place + HEADER.size + licence_bytes
+        licence = content[place + HEADER.size : text_start].decode("utf-8", "ignore") or None
+        place = text_start + text_bytes
+        yield Spooled(digest, file, offset, licence, content[text_start:place])
+
+
+def read_bucket(folders: list[Path], bucket: int) -> Iterator[Spooled]:
+    """A bucket's documents over all read tasks, in the order of the inputs; a frame at a time in memory.
+
+    Raises WorkError when a spool is damaged or holds another number of documents than its index says.
+    """
+    decompressor = zstandard.ZstdDecompressor()
+    for folder in folders:
+        data, index = spool_paths(folder)
+        rows = np.load(index, allow_pickle=False)
+        with open(data, "rb") as stream:
+            for _, offset, size, documents in rows[rows[:, 0] == bucket].tolist():
+                stream.seek(offset)
+                try:
+                    content = decompressor.decompress(stream.read(size))
+                except zstandard.ZstdError as error:
+                    raise WorkError(f"{data}: damaged at byte {offset} ({error}); remove it and run again") from None
+                found = 0
+                for document in _parse(content):
+                    found += 1
+                    yield document
+                if found != documents:
+                    raise WorkError(f"{data}: {found} documents at byte {offset}, its index says {documents}")
+
+
+def unique(documents: Iterator[Spooled], duplicates: Counter[int]) -> Iterator[Spooled]:
+    """The first of each text; the others are counted in `duplicates` by input."""
+    seen: set[bytes] = set()
+    for document in documents:
+        if document.hash in seen:
+            duplicates[document.input] += 1
+        else:
+            seen.add(document.hash)
+            yield document
+
+
+def shuffled(documents: list[Spooled], seed: int) -> list[Spooled]:
+    """A bucket's documents in the order of a seeded hash of their texts: independent of how they arrived."""
+    key = hashlib.sha256(f"order of documents, seed {seed}".encode()).digest()
+    return sorted(documents, key=lambda document: hashlib.blake2b(document.hash, key=key, digest_size=16).digest())

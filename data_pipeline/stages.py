@@ -1,0 +1,146 @@
+"""The stages from text to shards: read, tokenizer, write (write.py), finish (finish.py).
+
+Each task is a function of the job and its shard.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from data_pipeline.engine import Job, Stage, TaskResult, statistics_of
+from data_pipeline.finish import finish_task
+from data_pipeline.inventory import MEGABYTE
+from data_pipeline.readers import Rejected, read_piece
+from data_pipeline.spool import SpoolWriter, read_bucket, spool_paths, unique, write_index
+from data_pipeline.tokenizer import (
+    TOKENIZER_FILE,
+    copy_tokenizer,
+    identify,
+    package_folder,
+    save_tokenizer,
+    train_tokenizer,
+)
+from data_pipeline.write import spools_of, write_task
+from megatron_joy.data.atomic import atomic_file
+from megatron_joy.data.manifest import TOKENIZER_FOLDER
+from megatron_joy.errors import UserError
+
+
+def read_task(job: Job, shard: int) -> TaskResult:
+    """Read the pieces of one task; documents go into buckets, everything else into the quarantine list."""
+    names = [source.name for source in job.pipeline.sources]
+    counts = {name: {"records": 0, "documents": 0, "bytes_text": 0, "dropped": Counter[str]()} for name in names}
+    folder = job.task_folder("read", shard)
+    data, index = spool_paths(folder)
+    quarantine = folder / "quarantine.jsonl"
+    with atomic_file(data) as stream, atomic_file(quarantine) as aside:
+        spool = SpoolWriter(stream, job.plan.buckets)
+        for piece in job.plan.tasks[shard]:
+            file = job.plan.inputs[piece.input]
+            count: Any = counts[names[file.source]]
+            for record in read_piece(job.pipeline, file, piece):
+                count["records"] += 1
+                if isinstance(record, Rejected):
+                    count["dropped"][record.reason] += 1
+                    aside.write(orjson.dumps({"source": names[file.source], "file": file.path, **_fields(record)}))
+                    aside.write(b"\n")
+                    continue
+                count["documents"] += 1
+                count["bytes_text"] += len(record.text)
+                spool.add(piece.input, record.offset, record.licence or file.licence, record.text)
+        spool.flush()
+    write_index(index, spool.index())
+    return TaskResult([job.describe(path) for path in (data, index, quarantine)], {"sources": counts})
+
+
+def _fields(record: Rejected) -> dict[str, Any]:
+    return {"offset": record.offset, "reason": record.reason, "excerpt": record.excerpt}
+
+
+def _require_documents(job: Job) -> None:
+    """Refuse a corpus that leaves a split without a document, before anything is trained or written."""
+    documents: Counter[str] = Counter()
+    for folder in spools_of(job):
+        for bucket, _, _, number in np.load(spool_paths(folder)[1], allow_pickle=False).tolist():
+            documents[job.plan.buckets.split_of(bucket)[0]] += number
+    if not documents.total():
+        dropped: Counter[str] = Counter()
+        for task in statistics_of(job, "read", len(job.plan.tasks)):
+            for source in task["sources"].values():
+                dropped.update(source["dropped"])
+        reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(dropped.items())) or "no records"
+        raise UserError(f"pipeline {job.pipeline.name}: empty corpus, no record is a document ({reasons})")
+    for split, share in (("train", 1 - job.plan.buckets.validation_share), ("validation", 1.0)):
+        if not documents[split] and share and (split == "train" or job.plan.buckets.validation):
+            raise UserError(
+                f"output.validation_share = {job.plan.buckets.validation_share}: leaves {split} empty with "
+                f"{documents.total()} documents; change it or give more documents"
+            )
+
+
+def _sample(job: Job) -> Iterator[str]:
+    """Training documents for the tokenizer: whole buckets, which are random samples, up to the size asked for."""
+    room = job.pipeline.tokenizer.sample_megabytes * MEGABYTE
+    for bucket in range(job.plan.buckets.train):
+        for document in unique(read_bucket(spools_of(job), bucket), Counter()):
+            if room <= 0:
+                return
+            room -= len(document.text)
+            yield document.text.decode()
+
+
+def _given_tokenizer(job: Job) -> Path | None:
+    """The folder of a tokenizer that is not trained here."""
+    section = job.pipeline.tokenizer
+    if section.package is not None:
+        return package_folder(section.package)
+    return Path(section.folder) if section.folder is not None else None
+
+
+def tokenizer_task(job: Job, shard: int) -> TaskResult:
+    """Train the tokenizer on a sample, or copy the given one, into the output folder."""
+    _require_documents(job)
+    section = job.pipeline.tokenizer
+    folder = job.folder / TOKENIZER_FOLDER
+    given = _given_tokenizer(job)
+    if given is not None:
+        identify(given, section.eod_token)
+        files = copy_tokenizer(given, folder, section.eod_token)
+    else:
+        assert section.vocab_size is not None, "the schema asks for one of folder, package and vocab_size"
+        trained = train_tokenizer(_sample(job), section.vocab_size, section.special_tokens)
+        eod = section.eod_token or section.special_tokens[0]
+        files = save_tokenizer(trained, section.special_tokens, eod, folder)
+    return TaskResult([job.describe(path) for path in files], identify(folder).model_dump())
+
+
+def _tokenizer_settings(job: Job) -> Any:
+    given = _given_tokenizer(job)
+    content = (given / TOKENIZER_FILE) if given else None
+    # A tokenizer folder whose files change between two runs is another tokenizer.
+    digest = hashlib.sha256(content.read_bytes()).hexdigest() if content and content.is_file() else None
+    return [job.pipeline.tokenizer.model_dump(), digest]
+
+
+def _read_settings(job: Job) -> Any:
+    return [[source.model_dump() for source in job.pipeline.sources], job.pipeline.max_document_megabytes]
+
+
+STAGES = [
+    Stage("read", "reading inputs", 1, _read_settings, lambda job: len(job.plan.tasks), read_task),
+    Stage("tokenizer", "preparing the tokenizer", 1, _tokenizer_settings, lambda job: 1, tokenizer_task),
+    Stage(
+        "write",
+        "encoding and writing",
+        1,
+        lambda job: job.pipeline.seed,
+        lambda job: job.plan.buckets.total,
+        write_task,
+    ),
+    Stage("finish", "closing the accounts", 1, lambda job: job.plan.pipeline_sha256, lambda job: 1, finish_task),
+]

@@ -1,0 +1,137 @@
+"""One bucket becomes one shard: duplicates dropped, order shuffled, encoded, written with its documents' origins."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.encode import Encoder, Ids, OracleDifference
+from data_pipeline.engine import Job, TaskResult, statistics_of
+from data_pipeline.spool import Spooled, read_bucket, shuffled, unique
+from megatron_joy.data.atomic import atomic_file
+from megatron_joy.data.manifest import TOKENIZER_FOLDER, ShardEntry, TokenizerIdentity
+from megatron_joy.data.provenance import SUFFIX, DocumentOrigin, write_origins
+from megatron_joy.data.shards import ShardSummary, ShardWriter, bin_path, idx_path, token_dtype
+
+BATCH_BYTES = 2_000_000  # text that is encoded and written at a time
+
+
+@dataclass(frozen=True)
+class Written:
+    """A shard's files and counts. by_id: int64 [vocabulary], by_document: int64 [documents], both of tokens."""
+
+    summary: ShardSummary
+    by_id: npt.NDArray[np.int64]
+    by_document: npt.NDArray[np.int64]
+    engine: str
+    checked: int
+    note: str | None
+
+
+def spools_of(job: Job) -> list[Path]:
+    """The folders of all read tasks' spools, in the order of the inputs."""
+    return [job.task_folder("read", shard) for shard in range(len(job.plan.tasks))]
+
+
+def encode_in_batches(encoder: Encoder, texts: list[bytes]) -> Iterator[tuple[Ids, npt.NDArray[np.int64]]]:
+    """The texts' tokens and lengths, about `BATCH_BYTES` of text at a time."""
+    first, size = 0, 0
+    for number, text in enumerate(texts, 1):
+        size += len(text)
+        if size >= BATCH_BYTES or number == len(texts):
+            yield encoder.encode(texts[first:number])
+            first, size = number, 0
+
+
+def write_tokens(prefix: Path, encoder: Encoder, texts: list[bytes], vocab_size: int) -> Written:
+    """Encode texts into the shard `prefix`. Raises OracleDifference and then leaves nothing behind."""
+    by_id = np.zeros(vocab_size, dtype=np.int64)
+    by_document = [np.zeros(0, dtype=np.int64)]
+    with ShardWriter(prefix, token_dtype(vocab_size)) as writer:
+        for tokens, lengths in encode_in_batches(encoder, texts):
+            writer.add(tokens, lengths)
+            by_id += np.bincount(tokens, minlength=vocab_size)
+            by_document.append(lengths)
+        summary = writer.close()
+    return Written(summary, by_id, np.concatenate(by_document), encoder.engine, encoder.checked, encoder.note)
+
+
+def _write_checked(job: Job, prefix: Path, texts: list[bytes], identity: TokenizerIdentity) -> Written:
+    """As write_tokens; where gigatoken and the oracle differ, the whole shard is the oracle's."""
+    folder, settings = job.folder / TOKENIZER_FOLDER, job.pipeline.encode
+    try:
+        return write_tokens(prefix, Encoder(folder, identity, settings), texts, identity.vocab_size)
+    except OracleDifference as difference:
+        slow = Encoder(folder, identity, settings.model_copy(update={"engine": "huggingface"}))
+        slow.note = f"{difference}; {prefix.name} was encoded by the Hugging Face library"
+        return write_tokens(prefix, slow, texts, identity.vocab_size)
+
+
+def origins_of(job: Job, documents: list[Spooled]) -> list[DocumentOrigin]:
+    """Where each document is from, in their order."""
+    names = [source.name for source in job.pipeline.sources]
+    found = []
+    for document in documents:
+        file = job.plan.inputs[document.input]
+        size = len(document.text)
+        found.append(
+            DocumentOrigin(names[file.source], file.path, document.offset, document.licence, document.hash.hex(), size)
+        )
+    return found
+
+
+def count_sources(origins: list[DocumentOrigin], tokens: npt.NDArray[np.int64]) -> dict[str, dict[str, int]]:
+    """Documents, tokens and bytes of each source."""
+    sources: dict[str, dict[str, int]] = {}
+    for origin, number in zip(origins, tokens.tolist(), strict=True):
+        totals = sources.setdefault(origin.source, {"documents": 0, "tokens": 0, "bytes_text": 0})
+        totals["documents"] += 1
+        totals["tokens"] += number
+        totals["bytes_text"] += origin.bytes_text
+    return sources
+
+
+def write_task(job: Job, shard: int) -> TaskResult:
+    """The task of the write stage; an empty bucket gives no shard."""
+    split, number = job.plan.buckets.split_of(shard)
+    identity = TokenizerIdentity(**statistics_of(job, "tokenizer", 1)[0])
+    duplicates: Counter[int] = Counter()
+    documents = shuffled(list(unique(read_bucket(spools_of(job), shard), duplicates)), job.pipeline.seed)
+    dropped: Counter[str] = Counter()
+    for file, count in duplicates.items():
+        dropped[job.pipeline.sources[job.plan.inputs[file].source].name] += count
+    statistics: dict[str, Any] = {
+        "split": split,
+        "documents_in": len(documents) + duplicates.total(),
+        "duplicates": dropped,
+        "sources": {},
+        "shard": None,
+    }
+    if not documents:
+        return TaskResult([], statistics)
+    prefix = job.folder / split / f"shard_{number:05d}"
+    written = _write_checked(job, prefix, [document.text for document in documents], identity)
+    origins = origins_of(job, documents)
+    provenance = prefix.with_name(prefix.name + SUFFIX)
+    entry = ShardEntry(
+        name=prefix.name,
+        provenance=provenance.name,
+        provenance_sha256=write_origins(provenance, origins),
+        **vars(written.summary),
+    )
+    counts = job.task_folder("write", shard) / "counts.npy"
+    with atomic_file(counts) as stream:
+        np.save(stream, written.by_id, allow_pickle=False)
+    statistics |= {"sources": count_sources(origins, written.by_document), "shard": entry.model_dump()}
+    statistics |= {"engine": written.engine, "checked": written.checked, "note": written.note}
+    files = [
+        job.describe(bin_path(prefix), entry.bin_sha256),
+        job.describe(idx_path(prefix), entry.idx_sha256),
+        job.describe(provenance, entry.provenance_sha256),
+        job.describe(counts),
+    ]
+    return TaskResult(files, statistics)
