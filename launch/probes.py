@@ -34,8 +34,8 @@ print(json.dumps({"version": transformer_engine.__version__}))
 
 # An impostor has neither amp_C nor optimizers; NVIDIA's has amp_C when it was built with its C++ and CUDA extensions.
 APEX = """
-import json, importlib, importlib.util
-found = {"file": importlib.util.find_spec("apex").origin, "parts": []}
+import json, importlib
+found = {"parts": []}
 import torch
 for name in ("amp_C", "apex.optimizers", "fused_weight_gradient_mlp_cuda"):
     try:
