@@ -68,7 +68,8 @@ def _walk(folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
                 yield path
 
 
-def _expand(pattern: str, suffixes: tuple[str, ...]) -> Iterator[str]:
+def expand(pattern: str, suffixes: tuple[str, ...]) -> Iterator[str]:
+    """The files that a path or a glob stands for, in order; of folders those with these endings, at any depth."""
     found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
     for path in found:
         if os.path.isdir(path):
@@ -87,8 +88,8 @@ def _files_of(number: int, source: SourceSection) -> list[InputFile]:
     paths: dict[str, None] = {}
     for pattern in source.paths:
         before = len(paths)
-        paths |= dict.fromkeys(_expand(pattern, suffixes))
-        if len(paths) == before and not any(True for _ in _expand(pattern, suffixes)):
+        paths |= dict.fromkeys(expand(pattern, suffixes))
+        if len(paths) == before and not any(True for _ in expand(pattern, suffixes)):
             raise UserError(
                 f"sources.{number}.paths: {pattern} matches no file (endings looked for in folders: "
                 f"{' '.join(suffixes[:8])}); give a file, a folder or a glob that exists"

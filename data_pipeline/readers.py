@@ -41,7 +41,7 @@ class Rejected:
 
 
 Record = Document | Rejected
-# What each reason means, for `joy data stats` and the documentation.
+# What each reason means, for people.
 REASONS = {
     "not_utf8": "bytes that are not UTF-8",
     "broken_json": "a line that is not JSON",

@@ -144,8 +144,9 @@ def load_manifest(folder: Path | str) -> Manifest:
         raise UserError(f"{path}: not JSON ({error}); write the shard set again") from None
     except ValidationError as error:
         raise UserError(f"{path}: {describe_problems(error)}") from None
-    for problem in inconsistencies(manifest):
-        raise UserError(f"{path}: {problem}")
+    problems = inconsistencies(manifest)
+    if problems:
+        raise UserError(f"{path}: {'; '.join(problems)}")
     return manifest
 
 

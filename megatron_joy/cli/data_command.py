@@ -1,0 +1,197 @@
+"""`joy data`: from text to shards; verify them, count them, look at a document, trace a step."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from data_pipeline.run import EXECUTORS, LATER_EXECUTORS, Outcome, available_cpus, run_pipeline
+from megatron_joy.data.inspect import SetReport, document_report, report_set
+from megatron_joy.data.manifest import load_manifest
+from megatron_joy.data.verify import Verification, shard_sets, verify
+from megatron_joy.errors import UserError
+
+app = typer.Typer(help="From text to shards; verify, count, inspect and trace them. Example: joy data run demo")
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A shard set, or the folder with train and validation.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
+EXECUTOR_NAMES = "|".join((*EXECUTORS, *LATER_EXECUTORS))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+class _StageBars:
+    """A bar for each stage of a run on a terminal; elsewhere one line as a stage ends."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._bars: dict[str, TaskID] = {}
+
+    def __call__(self, purpose: str, done: int, total: int) -> None:
+        if self._progress is None:
+            if done == total:
+                print(f"{purpose}: {total} of {total} tasks", file=sys.stderr, flush=True)
+            return
+        if purpose not in self._bars:
+            self._bars[purpose] = self._progress.add_task(purpose, total=total)
+        self._progress.update(self._bars[purpose], completed=done)
+
+
+@contextmanager
+def _stage_bars() -> Iterator[_StageBars]:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _StageBars(None)
+        return
+    columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        yield _StageBars(progress)
+
+
+@app.command("run", epilog="Example: joy data run demo output.folder=data/demo --workers 2")
+def run_command(
+    pipeline: Annotated[str, typer.Argument(metavar="PIPELINE", help="A pipeline's TOML or a shipped name.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE ...", help="seed=7")] = None,
+    executor: Annotated[str, typer.Option(metavar=EXECUTOR_NAMES, help="What starts the workers.")] = "local",
+    workers: Annotated[int | None, typer.Option(help="Processes; default: this machine's cores.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a pipeline, or go on where a killed run stopped. Whatever the workers, the shards have the same bytes."""
+    with _stage_bars() as bars:
+        outcome = run_pipeline(pipeline, overrides or (), executor, workers, bars)
+    for note in outcome.notes:
+        print(f"note: {note}", file=sys.stderr)
+    folder = outcome.pipeline.folder
+    reports = [report_set(path) for path in shard_sets(folder)]
+    if as_json:
+        done = {"folder": str(folder), "tasks_done": outcome.tasks_done, "tasks_kept": outcome.tasks_kept}
+        _print_json({**done, "notes": outcome.notes, "sets": [asdict(report) for report in reports]})
+        return
+    _print_reports(reports)
+    print(_closing_line(outcome))
+
+
+def _closing_line(outcome: Outcome) -> str:
+    kept = f", {outcome.tasks_kept} kept from an earlier run" if outcome.tasks_kept else ""
+    quarantine = outcome.pipeline.folder / "quarantine.jsonl"
+    return f"{outcome.tasks_done} tasks done{kept}; what was put aside is listed in {quarantine}"
+
+
+@app.command("verify", epilog="Example: joy data verify data/demo")
+def verify_command(folder: Folder, as_json: Json = False) -> None:
+    """Check every count, checksum, size, pointer and token of a shard set; all problems are named."""
+    results = [_verify_with_progress(path) for path in shard_sets(folder)]
+    problems = [problem for result in results for problem in result.problems]
+    if as_json:
+        _print_json([asdict(result) for result in results])
+    for result in results:
+        if not result.problems and not as_json:
+            amounts = f"{result.shards} shards, {result.documents} documents, {result.tokens} tokens"
+            print(f"{result.folder}: whole: {amounts}, {result.bytes_read} bytes checked")
+    if problems:
+        raise UserError("\n".join(map(str, problems)))
+
+
+def _verify_with_progress(folder: Path) -> Verification:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return verify(folder, available_cpus())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(str(folder), total=len(load_manifest(folder).shards))
+        return verify(folder, available_cpus(), lambda entry: progress.advance(bar))
+
+
+@app.command("stats", epilog="Example: joy data stats data/demo --json")
+def stats_command(folder: Folder, as_json: Json = False) -> None:
+    """What a shard set holds and what became of every record that was read."""
+    reports = [report_set(path) for path in shard_sets(folder)]
+    if as_json:
+        _print_json([asdict(report) for report in reports])
+    else:
+        _print_reports(reports)
+
+
+def _print_reports(reports: list[SetReport]) -> None:
+    console = Console()
+    accounts = Table(title="what became of every record", title_justify="left", box=SIMPLE_HEAD)
+    accounts.add_column("")
+    for report in reports:
+        accounts.add_column(report.split, justify="right")
+    accounts.add_row("records read", *(f"{report.documents_in:,}" for report in reports))
+    for reason in sorted({reason for report in reports for reason in report.dropped}):
+        accounts.add_row(f"- {reason}", *(f"{report.dropped.get(reason, 0):,}" for report in reports))
+    accounts.add_row("= documents in the set", *(f"{report.documents:,}" for report in reports), style="bold")
+    console.print(accounts)
+    for report in reports:
+        console.print(_contents(report))
+
+
+def _contents(report: SetReport) -> Table:
+    """What is in one set, by source."""
+    entropy = "" if report.unigram_entropy is None else f"; unigram entropy {report.unigram_entropy:.3f} nats/token"
+    shards = f"{report.shards} shards of {report.dtype}, vocabulary {report.vocab_size}{entropy}"
+    lengths = f"documents have {report.median_tokens:,} tokens in the median, {report.longest_tokens:,} at most"
+    table = Table(title=report.folder, title_justify="left", box=SIMPLE_HEAD, caption=f"{shards}\n{lengths}")
+    table.caption_justify = "left"
+    for name in ("source", "documents", "tokens", "MB of text", "bytes/token"):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    for name, part in report.sources.items():
+        table.add_row(name, *_amounts(part))
+    whole = {"documents": report.documents, "tokens": report.tokens, "bytes_text": report.bytes_text}
+    table.add_row("all", *_amounts(whole), style="bold")
+    return table
+
+
+def _amounts(part: dict[str, int]) -> tuple[str, str, str, str]:
+    ratio = part["bytes_text"] / part["tokens"] if part["tokens"] else 0.0
+    return f"{part['documents']:,}", f"{part['tokens']:,}", f"{part['bytes_text'] / 1e6:,.1f}", f"{ratio:.2f}"
+
+
+@app.command("inspect", epilog="Example: joy data inspect data/demo/validation --doc 3")
+def inspect_command(
+    folder: Folder,
+    doc: Annotated[int, typer.Option(help="Number of the document in the set, from 0.")],
+    as_json: Json = False,
+) -> None:
+    """Show a document as text and tokens, and where it is from."""
+    sets = shard_sets(folder)
+    if len(sets) > 1:
+        raise UserError(f"{folder}: holds {len(sets)} shard sets; name one, as {sets[0]}")
+    report = document_report(sets[0], doc)
+    if as_json:
+        _print_json(report)
+        return
+    origin = report["origin"] or {}
+    print(f"document {doc}: {report['shard']} document {report['document']}, {len(report['tokens'])} tokens")
+    for key, value in origin.items():
+        print(f"{key + ':':<12}{value}")
+    print(f"\n{report['text']}\n\n{' '.join(map(str, report['tokens']))}")
+
+
+@app.command("trace", epilog="Example: joy data trace runs/joyai_tiny --step 12 --rank 0")
+def trace_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    step: Annotated[int, typer.Option(help="Step, from 1, as in metrics.jsonl.")],
+    rank: Annotated[int | None, typer.Option(help="Data-parallel rank; default: all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The documents that a step of a run was trained on, from the sample order alone: nothing was logged for it."""
+    from megatron_joy.data.trace import render_trace, trace
+
+    rows = trace(run, step, rank)
+    if as_json:
+        _print_json(rows)
+    else:
+        Console().print(render_trace(rows))
