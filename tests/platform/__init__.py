@@ -1,0 +1,1 @@
+"""Where a process runs: worlds, ranks, and what stands in for a GPU."""
