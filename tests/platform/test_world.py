@@ -65,19 +65,19 @@ def test_ranks_find_each_other_and_their_results_come_in_order(tmp_path: Path) -
 
 
 def test_the_message_names_the_rank_that_raised_first() -> None:
-    with pytest.raises(WorldFailed, match="^rank 1: ArithmeticError: seven is odd$") as failed:
+    with pytest.raises(WorldFailed, match=r"^rank 1: ArithmeticError: seven is odd$") as failed:
         run_world(_second_rank_raises, 2)
     assert "in _second_rank_raises" in failed.value.details
     assert not failed.value.users_mistake
 
 
 def test_the_message_names_the_rank_that_was_killed() -> None:
-    with pytest.raises(WorldFailed, match="^rank 1: died with exit code -9$"):
+    with pytest.raises(WorldFailed, match=r"^rank 1: died with exit code -9$"):
         run_world(_second_rank_dies, 2)
 
 
 def test_a_hang_ends_with_one_message_and_leaves_nobody(tmp_path: Path) -> None:
-    with pytest.raises(WorldFailed, match="^rank 0: still running after 2 s") as failed:
+    with pytest.raises(WorldFailed, match=r"^rank 0: still running after 2 s") as failed:
         run_world(_first_rank_hangs, 2, str(tmp_path), patience=2.0)
     assert "_first_rank_hangs" in failed.value.log  # where it hangs
     for path in tmp_path.iterdir():
