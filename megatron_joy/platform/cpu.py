@@ -16,6 +16,7 @@ name, so an upgrade can't silently lose one.
 import logging
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -259,7 +260,8 @@ _CUDA_ON_CPU = _cuda_view()
 _TORCH_ON_CPU = _View(
     torch,
     # "cpu" too, because rewritten functions ask for `torch.cpu.current_device()`
-    {"cuda": _CUDA_ON_CPU, "cpu": _CUDA_ON_CPU} | {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES + _FACTORIES_LIKE}
+    {"cuda": _CUDA_ON_CPU, "cpu": _CUDA_ON_CPU}
+    | {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES + _FACTORIES_LIKE},
 )
 
 
@@ -301,7 +303,10 @@ class _AdaptingLoader(SourceFileLoader):
     """Loads a module from its source as usual, then adapts it."""
 
     def exec_module(self, module: types.ModuleType) -> None:
-        super().exec_module(module)
+        with warnings.catch_warnings():
+            # Each module says that there is no Transformer Engine and no apex: that is why we are here.
+            warnings.simplefilter("ignore")
+            super().exec_module(module)
         _adapt(module)
 
 
@@ -331,6 +336,8 @@ def install() -> bool:
     if early:
         raise RuntimeError(f"{early[0]} was imported before megatron_joy.platform.cpu.install()")
     sys.meta_path.insert(0, _MegatronFinder())
+    warnings.filterwarnings("ignore", module=r"megatron\.core\.")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
     # With one generator for both, what Megatron-core warns of here on every fork of it is what must happen.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     return True

@@ -1,12 +1,14 @@
-"""Starts a gloo world on this machine: `run_world(function, world_size, *args)`. Imports no torch itself.
+"""Starts a gloo world on this machine's CPU: `run_world(function, world_size, *args)`. Imports no torch itself.
 
 Ranks are forked from a server process that has imported torch and Megatron-core once and done nothing else, so a world
-starts in a fraction of a second and inherits no process group, thread or random state of the caller. `function` must
-be at the top level of a module; it, its arguments and its results are pickled between processes of this machine only.
+starts in a fraction of a second and inherits no process group, thread or random state of the caller. GPUs are hidden
+from it. `function` must be at the top level of a module, and may be named "module:function" so that the caller needn't
+import it; arguments and results are pickled, between processes of this machine only.
 """
 
 import ctypes
 import faulthandler
+import importlib
 import multiprocessing
 import os
 import signal
@@ -112,9 +114,17 @@ def _prepare(rank: int, world_size: int, port: int, log: str, environment: dict[
     torch.set_num_threads(1)
 
 
+def _named(function: Callable[..., Any] | str) -> Callable[..., Any]:
+    if not isinstance(function, str):
+        return function
+    module, _, name = function.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return found
+
+
 def _rank_main(
     pipe: Connection,
-    function: Callable[..., Any],
+    function: Callable[..., Any] | str,
     args: tuple[Any, ...],
     place: tuple[int, int, int, str],
     environment: dict[str, str],
@@ -125,7 +135,7 @@ def _rank_main(
         _prepare(*place, environment)
         pipe.send(_Started())
         _to_parent = pipe
-        answer.value = function(*args)
+        answer.value = _named(function)(*args)
     except BaseException as error:
         answer.error, answer.details = f"{type(error).__name__}: {error}", traceback.format_exc()
     answer.at = time.monotonic()
@@ -197,14 +207,22 @@ def _nothing() -> None:
 
 @cache
 def warm_up() -> None:
-    """Waits until the server has imported everything, which no time limit should have to cover."""
-    process = _context.Process(target=_nothing)
-    process.start()
-    process.join()
+    """Starts the server and waits until it has imported everything, which no time limit should have to cover."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        process = _context.Process(target=_nothing)
+        process.start()
+        process.join()
+    finally:
+        if visible is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
 def run_world(
-    function: Callable[..., Any],
+    function: Callable[..., Any] | str,
     world_size: int,
     *args: Any,
     patience: float = 120.0,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -51,17 +52,30 @@ class Trainer:
             use_distributed_optimizer=True, grad_reduce_in_fp32=True, average_in_collective=False
         )
         config = chunks[0].config
-        self.chunks = [
-            DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0, pg_collection=process.groups)
-            for i, chunk in enumerate(chunks)
-        ]
+        self.chunks = [self._replicated(chunk, ddp, first=i == 0) for i, chunk in enumerate(chunks)]
         self.optimizer = build_optimizer(recipe, process, self.chunks)
         self.router_load = RouterLoad(chunks, process)
         config.finalize_model_grads_func = self._finalize
         config.grad_scale_func = self.optimizer.scale_loss
         config.no_sync_func = [c.no_sync for c in self.chunks] if len(self.chunks) > 1 else self.chunks[0].no_sync
-        self._schedule = get_forward_backward_func()
+        self.schedule = get_forward_backward_func()
         self._with_mtp = recipe.model.num_nextn_predict_layers > 0
+        self.samples_per_step = recipe.train.global_batch_size
+        self.tokens_per_step = self.samples_per_step * recipe.data.sequence_length
+
+    def _replicated(self, chunk: Any, ddp: DistributedDataParallelConfig, first: bool) -> DistributedDataParallel:
+        """A chunk whose gradients are reduced over data-parallel ranks, laid out as the distributed optimizer wants."""
+        groups = self.process.groups
+        layout = DistributedOptimizer.compute_full_param_layout(
+            list(chunk.parameters()),
+            bucket_size=None,
+            data_parallel_world_size=groups.intra_dp_cp.size(),
+            ddp_config=ddp,
+            expert_data_parallel_world_size=groups.intra_expt_dp.size(),
+        )
+        return DistributedDataParallel(
+            chunk.config, ddp, chunk, disable_bucketing=not first, pg_collection=groups, full_param_layout=layout
+        )
 
     def _finalize(self, *args: Any, **kwargs: Any) -> None:
         self.router_load.collect()  # Megatron-core zeroes the counts when it updates the router biases
@@ -104,7 +118,7 @@ class Trainer:
         several = len(self.chunks) > 1
         packed = self.process.groups.cp.size() == 1
         row, size = self.recipe.data.sequence_length, self.recipe.train.micro_batch_size
-        reports = self._schedule(
+        reports = self.schedule(
             forward_step_func=partial(forward_step, self.process, self._with_mtp),
             data_iterator=[iter(rows) for _ in self.chunks] if several else iter(rows),
             model=self.chunks if several else self.chunks[0],

@@ -1,0 +1,66 @@
+"""When checkpoints are written, and what happens when one can't be."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_joy.checkpoint.retention import prune
+from megatron_joy.checkpoint.save import save_checkpoint
+from megatron_joy.errors import WorkError
+from megatron_joy.train.loop import Loop
+from megatron_joy.train.moments import Feature
+from megatron_joy.train.run import Run
+from megatron_joy.train.step import StepResult
+
+
+class Checkpointing(Feature):
+    """Every `interval` steps, at the end and before a stop. Comes after the metrics, so that these are on disk first."""
+
+    def __init__(self, interval: int, keep_last: int, data_fingerprint: str) -> None:
+        self.interval, self.keep_last, self.data_fingerprint = interval, keep_last, data_fingerprint
+
+    def _state(self, run: Run) -> dict[str, Any]:
+        """What a checkpoint keeps beside tensors; `train.pretrain` reads it on resume."""
+        return {
+            "progress": run.progress.as_dict(),
+            "data_fingerprint": self.data_fingerprint,
+            "attempt": run.attempt,
+        }
+
+    def _save(self, loop: Loop) -> Path:
+        run = loop.run
+        return save_checkpoint(
+            run.folder / "checkpoints",
+            run.progress.step,
+            recipe=run.recipe,
+            chunks=loop.trainer.chunks,
+            optimizer=loop.trainer.optimizer,
+            process=run.process,
+            state=self._state(run),
+            attempt=run.attempt,
+        )
+
+    def _due(self, loop: Loop) -> tuple[bool, bool]:
+        """(is one due, must it succeed)."""
+        step = loop.run.progress.step
+        last = step == loop.run.recipe.train.steps or loop.wants_stop
+        return last or (self.interval > 0 and step % self.interval == 0), last
+
+    def after_step(self, loop: Loop, result: StepResult) -> None:
+        """Saves when due. A failure in the middle of a run is noted and the run goes on from memory; at its end, and
+        before a stop, it is raised (WorkError): the work since the last whole checkpoint would be lost without a word.
+        """
+        due, must_succeed = self._due(loop)
+        if not due:
+            return
+        started = time.perf_counter()
+        try:
+            path = self._save(loop)
+        except WorkError as error:
+            if must_succeed:
+                raise
+            loop.tell("on_note", f"no checkpoint of step {loop.run.progress.step}: {error}; training goes on from memory")
+            return
+        loop.tell("on_checkpoint", f"{path.name} in {time.perf_counter() - started:.1f} s")
+        if loop.run.process.is_first_rank:
+            prune(loop.run.folder / "checkpoints", self.keep_last)

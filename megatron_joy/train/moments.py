@@ -1,0 +1,37 @@
+"""The named moments of the training loop. A feature overrides those it needs; the loop knows no feature by name."""
+
+from typing import TYPE_CHECKING
+
+from megatron_joy.train.run import Run
+from megatron_joy.train.step import StepResult
+
+if TYPE_CHECKING:
+    from megatron_joy.train.loop import Loop
+
+
+class Feature:
+    """Does nothing at every moment. All ranks reach the same moments in the same order, except `on_error`."""
+
+    def on_start(self, loop: "Loop") -> None:
+        """Once, when weights and progress are in place."""
+
+    def before_step(self, loop: "Loop") -> None:
+        """Before update `progress.step + 1` is computed."""
+
+    def after_step(self, loop: "Loop", result: StepResult) -> None:
+        """After the update; progress already counts it."""
+
+    def on_checkpoint(self, loop: "Loop", message: str) -> None:
+        """A whole checkpoint of this step is on disk; the message says where and how long it took."""
+
+    def on_note(self, loop: "Loop", message: str) -> None:
+        """Something happened that the run's record should have, in a line."""
+
+    def on_finish(self, loop: "Loop") -> None:
+        """The loop ended as planned: all steps done, or a stop was asked for."""
+
+    def on_error(self, run: Run, error: BaseException) -> None:
+        """This rank failed. No collective may be issued: other ranks may be gone."""
+
+    def close(self) -> None:
+        """Always, last; no collectives."""
