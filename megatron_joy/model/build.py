@@ -45,7 +45,8 @@ def build_chunks(recipe: Recipe, process: Process, config: MLATransformerConfig,
 
 def build_model(recipe: Recipe, process: Process) -> list[HybridModel]:
     """The initialised model: the same weights for the same seed in any layout (see `model.init`)."""
-    chunks = build_chunks(recipe, process, transformer_config(recipe), select_blocks(recipe.model.backend))
+    blocks = select_blocks(recipe.model.backend, recipe.layout.context_parallel_size)
+    chunks = build_chunks(recipe, process, transformer_config(recipe), blocks)
     for chunk in chunks:
         chunk.to(process.device)
     with torch.no_grad():

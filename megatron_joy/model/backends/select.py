@@ -1,6 +1,7 @@
 """Which backend a recipe gets on this machine."""
 
 import importlib
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -20,12 +21,19 @@ def transformer_engine_problem() -> str | None:
     return None
 
 
-def select_blocks(backend: Literal["auto", "portable", "te"]) -> Blocks:
-    """The backend's blocks; 'auto' is Transformer Engine where it runs. Raises UserError when 'te' can't run here."""
-    if backend != "portable":
-        problem = transformer_engine_problem()
-        if problem is None:
-            return importlib.import_module("megatron_joy.model.backends.te").BLOCKS
+def select_blocks(backend: Literal["auto", "portable", "te"], context_parallel_size: int = 1) -> Blocks:
+    """The backend's blocks; 'auto' is Transformer Engine where it runs. Raises UserError when 'te' can't run here.
+
+    Transformer Engine's context-parallel attention wants every document padded to a multiple of 2 x CP, which would make
+    samples depend on the layout; with CP > 1 its blocks come with the portable core attention.
+    """
+    portable: Blocks = importlib.import_module("megatron_joy.model.backends.portable").BLOCKS
+    if backend == "portable":
+        return portable
+    problem = transformer_engine_problem()
+    if problem is not None:
         if backend == "te":
             raise UserError(f"model.backend: 'te' was asked for, but {problem}; use 'auto' or 'portable' here")
-    return importlib.import_module("megatron_joy.model.backends.portable").BLOCKS
+        return portable
+    engine: Blocks = importlib.import_module("megatron_joy.model.backends.te").BLOCKS
+    return engine if context_parallel_size == 1 else replace(engine, core_attention=portable.core_attention)
