@@ -1,13 +1,12 @@
 """From files to documents. What is not a document is put aside with its reason: never fatal, never silent."""
 
 import gzip
-import io
 import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 import orjson
 import zstandard
@@ -15,6 +14,7 @@ import zstandard
 from data_pipeline.config import Pipeline, SourceSection
 from data_pipeline.environment import description_of
 from data_pipeline.inventory import MEGABYTE, InputFile, Piece
+from megatron_joy.data.zstd import open_zstd
 from megatron_joy.errors import WorkError
 
 EXCERPT = 160  # bytes of a rejected record that are kept for a person to look at
@@ -54,42 +54,12 @@ REASONS = {
 }
 
 
-class _WholeFrames(io.RawIOBase):
-    """Zstandard frames, decompressed; unlike the library's own reader it raises where the last frame is cut short."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._begun = False
-        self._pending = b""
-        self._output = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._output:
-            chunk = self._pending or self._raw.read(1 << 17)
-            if not chunk:
-                if self._begun:
-                    raise EOFError("the last frame is cut short")
-                return 0
-            if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._output = self._frame.decompress(chunk)
-            self._pending = self._frame.unused_data if self._frame.eof else b""
-            self._begun = not self._frame.eof
-        count = min(len(buffer), len(self._output))
-        buffer[:count], self._output = self._output[:count], self._output[count:]
-        return count
-
-
 def _gunzip(raw: BinaryIO) -> BinaryIO:
     return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
 
 
 def _unzstd(raw: BinaryIO) -> BinaryIO:
-    return cast(BinaryIO, io.BufferedReader(_WholeFrames(raw), 1 << 20))
+    return open_zstd(raw)
 
 
 OPENERS: dict[str, Callable[[BinaryIO], BinaryIO]] = {".gz": _gunzip, ".zst": _unzstd}

@@ -1,7 +1,6 @@
 """Where each document of a shard is from: `shard_XXXXX.documents.jsonl.zst`, one JSON object per document, in order."""
 
 import hashlib
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import orjson
 import zstandard
 
 from megatron_joy.data.atomic import write_atomically
+from megatron_joy.data.zstd import open_zstd
 from megatron_joy.errors import UserError
 
 SUFFIX = ".documents.jsonl.zst"
@@ -43,10 +43,10 @@ def write_origins(path: Path, origins: Iterable[DocumentOrigin]) -> str:
 def read_origins(path: Path) -> Iterator[DocumentOrigin]:
     """The origins of a shard's documents, in the shard's order. Raises UserError when the file is missing or torn."""
     try:
-        with open(path, "rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-            for line in io.BufferedReader(stream, 1 << 20):
+        with open(path, "rb") as raw:
+            for line in open_zstd(raw):
                 yield DocumentOrigin(**orjson.loads(line))
     except FileNotFoundError:
         raise UserError(f"{path}: not there; it says where the shard's documents are from") from None
-    except (zstandard.ZstdError, orjson.JSONDecodeError, TypeError) as error:
+    except (EOFError, zstandard.ZstdError, orjson.JSONDecodeError, TypeError) as error:
         raise UserError(f"{path}: torn or not a list of document origins ({error})") from None

@@ -223,7 +223,7 @@ class ShardReader:
         if magic != MAGIC or version != VERSION or code not in DTYPES:
             raise UserError(f"{path}: not a Megatron index (magic {magic!r}, version {version}, dtype code {code})")
         expected = HEADER.size + 12 * sequences + 8 * document_ends
-        if size == expected + sequences:
+        if sequences and size == expected + sequences:
             raise UserError(f"{path}: has a mode for each sequence (multimodal); only text shards are read here")
         if size != expected or document_ends < 1:
             raise UserError(f"{path}: {size} bytes, expected {expected} by its own header; write it again")
