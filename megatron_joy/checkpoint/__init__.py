@@ -1,0 +1,1 @@
+"""Checkpoints: sharded save and load, resharding between layouts, verification and retention."""

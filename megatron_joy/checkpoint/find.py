@@ -1,0 +1,132 @@
+"""Which folders are whole checkpoints, found without torch: the newest one that holds is the one to go on from."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_joy.checkpoint.marker import MARKER, Checkpoint, FileEntry, MarkerProblem, read_marker, step_of
+from megatron_joy.errors import UserError
+
+CHUNK = 1 << 22
+# A checkpoint that one of the same step is about to replace (`save`); it counts while its successor isn't there.
+REPLACED = ".replaced"
+
+Progress = Callable[[int], None]  # is told the bytes read since the last call
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with one file of a checkpoint."""
+
+    file: str
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: expected {self.expected}, found {self.found}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The newest whole checkpoint, or None, and one line for each newer folder that was passed over."""
+
+    checkpoint: Checkpoint | None
+    notes: tuple[str, ...] = ()
+
+
+def candidates(folder: Path) -> list[Path]:
+    """Folders named like checkpoints, newest first, whole or not."""
+    if not folder.is_dir():
+        return []
+    found: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()):
+        name = path.name.removeprefix(".").removesuffix(REPLACED) if path.name.endswith(REPLACED) else path.name
+        step = step_of(name)
+        if step is not None and path.is_dir():
+            found[step] = path  # ".step_N.replaced" sorts before "step_N", which wins
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def sha256_of(path: Path, progress: Progress | None = None) -> str:
+    """SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+            if progress is not None:
+                progress(len(chunk))
+    return digest.hexdigest()
+
+
+def file_problem(folder: Path, entry: FileEntry, full: bool, progress: Progress | None = None) -> Problem | None:
+    """What is wrong with a file: absent, of another size and, with `full`, of another content."""
+    path = folder / entry.name
+    try:
+        size = path.stat().st_size
+        if size != entry.bytes:
+            return Problem(entry.name, f"{entry.bytes} bytes", f"{size} bytes")
+        if full and (found := sha256_of(path, progress)) != entry.sha256:
+            return Problem(entry.name, f"sha256 {entry.sha256}", f"sha256 {found}")
+    except FileNotFoundError:
+        return Problem(entry.name, f"{entry.bytes} bytes", "no such file")
+    except OSError as error:
+        return Problem(entry.name, f"{entry.bytes} bytes", f"unreadable ({error.strerror})")
+    return None
+
+
+def file_problems(
+    folder: Path, entries: Iterable[FileEntry], full: bool, progress: Progress | None = None
+) -> list[Problem]:
+    """What is wrong with these files."""
+    return [p for entry in entries if (p := file_problem(folder, entry, full, progress)) is not None]
+
+
+def read_candidate(path: Path) -> Checkpoint | Problem:
+    """The checkpoint in a folder as its marker tells it, its files not looked at, or why the marker doesn't hold."""
+    try:
+        marker = read_marker(path)
+    except MarkerProblem as problem:
+        return Problem(MARKER, "a whole marker", str(problem))
+    name = path.name.removeprefix(".").removesuffix(REPLACED)
+    if step_of(name) not in (marker.step, None):
+        return Problem(MARKER, f"the step of the folder's name {path.name}", f"step {marker.step}")
+    return Checkpoint(path, marker)
+
+
+def passed_over(path: Path, problems: Sequence[Problem]) -> str:
+    """The line about a folder that is not whole."""
+    more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return f"checkpoint {path.name} is not whole and is passed over: {problems[0]}{more}"
+
+
+def examine(path: Path, full: bool, progress: Progress | None = None) -> Checkpoint | list[Problem]:
+    """A folder's checkpoint if it is whole, else everything that is wrong with it."""
+    checkpoint = read_candidate(path)
+    if isinstance(checkpoint, Problem):
+        return [checkpoint]
+    return file_problems(path, checkpoint.marker.files, full, progress) or checkpoint
+
+
+def latest(folder: Path, full: bool = False) -> Choice:
+    """The newest whole checkpoint under `folder` (a run's `checkpoints`), looked for by this process alone.
+
+    Quick: marker and sizes. `full`: the content of every file too. For all ranks together see `load.choose`.
+    """
+    notes: list[str] = []
+    for path in candidates(folder):
+        found = examine(path, full)
+        if isinstance(found, Checkpoint):
+            return Choice(found, tuple(notes))
+        notes.append(passed_over(path, found))
+    return Choice(None, tuple(notes))
+
+
+def open_checkpoint(path: Path, full: bool = False) -> Checkpoint:
+    """The checkpoint in exactly this folder. Raises UserError if it isn't one or isn't whole."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; expected a checkpoint such as RUN/checkpoints/step_00000200")
+    found = examine(path, full)
+    if not isinstance(found, Checkpoint):
+        raise UserError(f"{path} is not a whole checkpoint: {found[0]}; take another step (joy checkpoint list RUN)")
+    return found

@@ -1,0 +1,121 @@
+"""Reading a checkpoint back into a model and its optimizer, under any layout."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from megatron_joy.checkpoint.boxes import Boxes
+from megatron_joy.checkpoint.contents import (
+    OPTIMIZER_PREFIX,
+    optimizer_boxes,
+    pieces_of,
+    set_updates_done,
+    weight_boxes,
+)
+from megatron_joy.checkpoint.find import Choice, Problem, candidates, file_problems, passed_over, read_candidate
+from megatron_joy.checkpoint.marker import Checkpoint
+from megatron_joy.checkpoint.storage import LoadPlanner, Reader
+from megatron_joy.checkpoint.together import RanksFailed, each, together
+from megatron_joy.errors import UserError, WorkError
+from megatron_joy.platform.process import Process
+
+NAMED = 3  # keys that an error lists
+
+
+def choose(folder: Path, process: Process) -> Choice:
+    """The newest whole checkpoint under a run's `checkpoints`, the same on all ranks, which call this together.
+
+    Every file's content is checked, each rank reading its share. `notes` has a line for each folder passed over.
+    """
+    notes: list[str] = []
+    for path in together(lambda: candidates(folder) if process.is_first_rank else [])[0]:
+        found = together(partial(_check_share, path, process))
+        problems = [problem for _, share in found for problem in share]
+        checkpoint = found[0][0]
+        if checkpoint is not None and not problems:
+            return Choice(checkpoint, tuple(notes))
+        notes.append(passed_over(path, problems))
+    return Choice(None, tuple(notes))
+
+
+def _check_share(path: Path, process: Process) -> tuple[Checkpoint | None, list[Problem]]:
+    """The checkpoint and the problems of every world-size-th file."""
+    checkpoint = read_candidate(path)
+    if isinstance(checkpoint, Problem):
+        return None, [checkpoint] if process.is_first_rank else []
+    share = checkpoint.marker.files[process.info.rank :: process.info.world_size]
+    return checkpoint, file_problems(path, share, full=True)
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, *, chunks: Sequence[Any], optimizer: Any | None, process: Process
+) -> dict[str, Any]:
+    """Fills this rank's model chunks and optimizer in place, whatever layout wrote them; all ranks call it together.
+
+    `optimizer` None reads the weights alone. Returns the training loop's `state`. The optimizer's master weights,
+    moments and count of updates become those that were saved, so the next step's bits are those of an unbroken run.
+
+    Raises UserError on all ranks, nothing changed, when the checkpoint and the model don't have the same tensors of the
+    same shapes (the first keys are named) or it has no optimizer state; WorkError when a file can't be read, after
+    which model and optimizer must not be used.
+    """
+    try:
+        reader, wanted = each(lambda: _prepare(checkpoint, chunks, optimizer, process))
+        _check_totality(checkpoint, reader, wanted, with_optimizer=optimizer is not None)
+        together(lambda: _read(reader, wanted))
+    except RanksFailed as failure:
+        raise WorkError(f"{checkpoint.path} could not be loaded: {failure}") from None
+    if optimizer is not None:
+        set_updates_done(optimizer, checkpoint.marker.optimizer_step or 0)
+    return dict(checkpoint.state)
+
+
+def _prepare(
+    checkpoint: Checkpoint, chunks: Sequence[Any], optimizer: Any | None, process: Process
+) -> tuple[Reader, dict[str, Boxes]]:
+    pieces = pieces_of(chunks, process)
+    wanted = weight_boxes(pieces, to_write=False)
+    if optimizer is not None:
+        wanted |= optimizer_boxes(pieces, optimizer, to_write=False)
+    return Reader(checkpoint), wanted
+
+
+def _check_totality(checkpoint: Checkpoint, reader: Reader, wanted: dict[str, Boxes], with_optimizer: bool) -> None:
+    """Every tensor of the model is in the checkpoint with its shape, and the other way round."""
+    if with_optimizer and checkpoint.marker.optimizer_step is None:
+        raise UserError(f"{checkpoint.path} has weights only, no optimizer state: it can't be resumed from")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for share in together(lambda: {key: tuple(boxes.shape) for key, boxes in wanted.items()}):
+        shapes |= share
+    stored = {key: tuple(entry.size) for key, entry in reader.tensors.items()}
+    if not with_optimizer:
+        stored = {key: shape for key, shape in stored.items() if not key.startswith(OPTIMIZER_PREFIX)}
+    differing = [
+        f"{key} has shape {list(stored[key])}, the model's has {list(shapes[key])}"
+        for key in sorted(shapes.keys() & stored.keys())
+        if shapes[key] != stored[key]
+    ]
+    faults = [
+        _listed("the model's {} missing in the checkpoint", sorted(shapes.keys() - stored.keys())),
+        _listed("the checkpoint's {} unknown to the model", sorted(stored.keys() - shapes.keys())),
+        _listed("of another shape: {}", differing),
+    ]
+    if any(faults):
+        told = "; ".join(filter(None, faults))
+        raise UserError(f"{checkpoint.path} is of another model: {told}; use the recipe in {checkpoint.recipe_path}")
+
+
+def _listed(sentence: str, items: list[str]) -> str:
+    if not items:
+        return ""
+    more = f" and {len(items) - NAMED} more" if len(items) > NAMED else ""
+    return sentence.format(", ".join(items[:NAMED]) + more)
+
+
+def _read(reader: Reader, wanted: dict[str, Boxes]) -> None:
+    with torch.no_grad():
+        load(wanted, storage_reader=reader, planner=LoadPlanner(), no_dist=True)
