@@ -1,0 +1,204 @@
+"""`joy status RUN`: where a run stands, from the ends of its files: as quick for a year as for a minute."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Group, JustifyMethod, RenderableType
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from megatron_joy.report import text
+from megatron_joy.report.attempts import Attempt, Event, Outcome, build_attempts
+from megatron_joy.report.jsonl import tail_rows
+from megatron_joy.report.metrics import AttemptRows
+from megatron_joy.report.runlog import Checkpoint, read_checkpoints, read_events, read_recipe, require_run
+
+ROWS = 100
+_EVENTS = 6
+_ATTEMPTS = 5
+_ATTEMPT_COLUMNS: dict[str, JustifyMethod] = {
+    "attempt": "right",
+    "from step": "right",
+    "to step": "right",
+    "ended": "left",
+    "lasted": "left",
+    "processes": "right",
+    "layout": "left",
+}
+_STYLES: dict[Outcome, str] = {
+    "finished": "green",
+    "running": "cyan",
+    "stopped": "yellow",
+    "failed": "red",
+    "killed": "red",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """Where a run stands; `joy status --json` prints it. None where the run has no such number yet.
+
+    Attributes:
+        state: how the newest attempt is or ended; None before the first.
+        seconds_left: until the planned last step, at the pace of the newest rows; None unless it is running.
+        tokens_per_second, step_seconds: medians of the newest attempt's last ROWS rows.
+        silent_seconds: since the run's last sign of life.
+        checkpoint_step: the newest whole checkpoint on disk.
+        attempts: the attempts; where one got to before a later one began is known from its events only, unless it is
+            the newest.
+    """
+
+    folder: str
+    name: str
+    state: Outcome | None
+    step: int
+    steps_planned: int | None
+    tokens: int | None
+    loss: float | None
+    mtp_loss: float | None
+    validation_loss: float | None
+    grad_norm: float | None
+    lr: float | None
+    tokens_per_second: float | None
+    step_seconds: float | None
+    seconds_left: float | None
+    silent_seconds: float | None
+    checkpoint_step: int | None
+    checkpoint_bytes: int | None
+    attempts: list[Attempt]
+    events: list[Event]
+    notices: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def read_status(folder: str | Path, *, now: float) -> RunStatus:
+    """Reads where a run stands.
+
+    Args:
+        folder: the run's folder.
+        now: the present, unix seconds.
+
+    Raises:
+        UserError: the folder is no run's.
+    """
+    path = require_run(folder)
+    notices: list[str] = []
+    _, recipe = read_recipe(path, notices)
+    events = read_events(path / "events.jsonl", notices)
+    rows = tail_rows(path / "metrics.jsonl", ROWS)
+    newest = max([row.get("attempt", 0) for row in rows] + [event.attempt for event in events], default=0)
+    rows = [row for row in rows if row.get("attempt", 0) == newest]
+    attempts = build_attempts(events, {newest: _rows_of(rows)} if rows else {}, now)
+    state = attempts[-1].outcome if attempts else None
+    step = attempts[-1].end_step if attempts else 0
+    planned = recipe.get("train", {}).get("steps") if isinstance(recipe.get("train"), dict) else None
+    pace = _median(rows, "step_seconds")
+    whole: list[Checkpoint] = [one for one in read_checkpoints(path) if one.committed]
+    name = recipe.get("name")
+    return RunStatus(
+        folder=str(path),
+        name=name if isinstance(name, str) else path.resolve().name,
+        state=state,
+        step=step,
+        steps_planned=planned,
+        tokens=_last(rows, "tokens"),
+        loss=_last(rows, "loss"),
+        mtp_loss=_last(rows, "mtp_loss"),
+        validation_loss=_last(rows, "validation_loss"),
+        grad_norm=_last(rows, "grad_norm"),
+        lr=_last(rows, "lr"),
+        tokens_per_second=_median(rows, "tokens_per_second"),
+        step_seconds=pace,
+        seconds_left=(planned - step) * pace if planned and pace and state == "running" else None,
+        silent_seconds=max(0.0, now - attempts[-1].end_time) if attempts else None,
+        checkpoint_step=whole[-1].step if whole else None,
+        checkpoint_bytes=whole[-1].size_bytes if whole else None,
+        attempts=attempts,
+        events=[event for event in events if event.kind != "validation"][-_EVENTS:],
+        notices=notices,
+    )
+
+
+def _rows_of(rows: list[dict[str, Any]]) -> AttemptRows:
+    steps = [int(row["step"]) for row in rows]
+    times = [float(row.get("time") or math.nan) for row in rows]
+    return AttemptRows(steps[0], steps[-1], times[0], times[-1], len(rows))
+
+
+def _last(rows: list[dict[str, Any]], name: str) -> Any:
+    """The newest row's value; of validations, which few rows have, the newest there is."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    if not values or (name != "validation_loss" and rows[-1].get(name) is None):
+        return None
+    return values[-1]
+
+
+def _median(rows: list[dict[str, Any]], name: str) -> float | None:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return float(np.median(values)) if values else None
+
+
+def render_status(status: RunStatus) -> RenderableType:
+    """The status as rich draws it on a terminal."""
+    state = f"[{_STYLES[status.state]}]{status.state}[/]" if status.state else "not started"
+    parts: list[RenderableType] = [f"[bold]{escape(status.name)}[/]  {state}  [dim]{escape(status.folder)}[/]"]
+    if status.steps_planned:
+        bar = Table.grid(padding=(0, 2))
+        share = f"{status.step / status.steps_planned:.0%}"
+        bar.add_row(ProgressBar(total=status.steps_planned, completed=status.step, width=60), share)
+        parts.append(bar)
+    parts += ["", _numbers(status), "", _attempts(status.attempts), "", _events(status.events)]
+    parts += [f"[yellow]note:[/] {escape(notice)}" for notice in status.notices]
+    return Group(*parts)
+
+
+def _numbers(s: RunStatus) -> Table:
+    table = Table.grid(padding=(0, 2))
+    of = f" of {s.steps_planned:,}" if s.steps_planned else ""
+    pace = f"{text.count(s.tokens_per_second)} tokens/s"
+    saved = f"step {s.checkpoint_step:,} ({text.size(s.checkpoint_bytes)})" if s.checkpoint_step is not None else "none"
+    rows = (
+        ("step", f"{s.step:,}{of}", "tokens", text.count(s.tokens)),
+        ("train loss", text.loss(s.loss), "validation loss", text.loss(s.validation_loss)),
+        ("MTP loss", text.loss(s.mtp_loss), "gradient norm", text.general(s.grad_norm)),
+        ("learning rate", text.general(s.lr), "throughput", pace),
+        ("time left", text.duration(s.seconds_left), "last sign of life", f"{text.duration(s.silent_seconds)} ago"),
+        ("checkpoint", saved, "a step takes", text.duration(s.step_seconds)),
+    )
+    for left, a, right, b in rows:
+        table.add_row(f"[dim]{left}[/]", a, f"[dim]{right}[/]", b)
+    return table
+
+
+def _attempts(attempts: list[Attempt]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name, side in _ATTEMPT_COLUMNS.items():
+        table.add_column(name, justify=side)
+    for attempt in attempts[-_ATTEMPTS:]:
+        known = attempt is attempts[-1] or attempt.outcome != "killed"
+        table.add_row(
+            str(attempt.number),
+            f"{attempt.start_step:,}",
+            f"{attempt.end_step:,}" if known else f"{attempt.end_step:,}+",
+            f"[{_STYLES[attempt.outcome]}]{attempt.outcome}[/]",
+            text.duration(attempt.end_time - attempt.start_time) if known else text.MISSING,
+            str(attempt.world_size or text.MISSING),
+            escape(attempt.layout),
+        )
+    return table
+
+
+def _events(events: list[Event]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for event in events:
+        table.add_row(
+            f"[dim]{text.moment(event.time)}[/]", f"[dim]step {event.step:,}[/]", event.kind, escape(event.message)
+        )
+    return table
