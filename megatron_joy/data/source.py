@@ -9,6 +9,7 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron_joy.data.shards import ShardReader, bin_path, idx_path
 from megatron_joy.errors import UserError
 
 OPEN_FILES = 128  # per source; a training process has 1,024 descriptors by default
+STAT_THREADS = 16  # a shared file system answers in milliseconds, but many at once
 
 
 @dataclass(frozen=True)
@@ -214,13 +216,29 @@ class Source:
         return origins
 
     def check_sizes(self) -> None:
-        """Holds the size of every file against the manifest; a second or less for 40,000 shards on a local disk.
+        """Holds the size of every file against the manifest; a second or so for 40,000 shards on a local disk.
 
-        Raises UserError that names the first file that is wrong.
+        Raises UserError that names the first shard file that is wrong.
         """
-        for entry in self.manifest.shards:
+        with ThreadPoolExecutor(STAT_THREADS) as pool:
+            wrong = [number for number in pool.map(self._first_wrong, range(STAT_THREADS)) if number is not None]
+        if wrong:
+            entry = self.manifest.shards[min(wrong)]
             check_size(bin_path(self.folder / entry.name), entry.bin_bytes)
             check_size(idx_path(self.folder / entry.name), entry.idx_bytes)
+
+    def _first_wrong(self, worker: int) -> int | None:
+        """The first shard of a worker's share that has a file of another size, or none at all."""
+        for number in range(worker, len(self.manifest.shards), STAT_THREADS):
+            entry = self.manifest.shards[number]
+            prefix = f"{self.folder}/{entry.name}"
+            try:
+                sizes = os.stat(f"{prefix}.bin").st_size, os.stat(f"{prefix}.idx").st_size
+            except OSError:
+                return number
+            if sizes != (entry.bin_bytes, entry.idx_bytes):
+                return number
+        return None
 
     def close(self) -> None:
         """Closes open shards."""
