@@ -67,7 +67,7 @@ def attempts(run: RunLog) -> str:
         for a in run.attempts
     ]
     head = ("Attempt", "From step", "To step", "Run again", "Ended", "Started", "Lasted", "Processes", "Layout")
-    body = table(head, rows, numeric=(0, 1, 2, 3, 7))
+    body = table(head, rows, numeric=(0, 1, 2, 3, 7)) if rows else "<p>None yet.</p>"
     return section("attempts", "Attempts", body, folded=len(rows) > _LONG, note=text.plural(len(rows), "attempt"))
 
 

@@ -64,7 +64,7 @@ function linearTicks(low, high, wanted, bases = [1, 2, 5, 10]) {
   const power = Math.pow(10, Math.floor(Math.log10(raw)));
   const step = bases.map((m) => m * power).find((s) => s >= raw * 0.999);
   const ticks = [];
-  for (let n = Math.ceil(low / step - 1e-9); n <= Math.floor(high / step + 1e-9); n++) ticks.push(n * step);
+  for (let n = Math.ceil(low / step - 1e-9); n <= Math.floor(high / step + 1e-9); n++) ticks.push(n * step + 0); // + 0: never minus zero
   return ticks;
 }
 

@@ -94,10 +94,13 @@ class Frame {
   }
 
   restarts() {
+    const faint = DATA.attempts.length > 20 ? " many" : "";
+    let before = -Infinity;
     for (const attempt of DATA.attempts.slice(1)) {
-      const place = view.axis === "time" ? attempt.start_time : view.place(attempt.start);
-      const x = this.x(place);
-      svg("line", { class: "restart", x1: x, x2: x, y1: MARGIN.top, y2: this.height - MARGIN.bottom }, this.body);
+      const x = this.x(view.axis === "time" ? attempt.start_time : view.place(attempt.start));
+      if (x - before < 3) continue;
+      before = x;
+      svg("line", { class: "restart" + faint, x1: x, x2: x, y1: MARGIN.top, y2: this.height - MARGIN.bottom }, this.body);
     }
   }
 
@@ -195,7 +198,10 @@ class LineChart extends Frame {
       for (const v of c.low) if (v !== null) low = Math.min(low, v);
       for (const v of c.high) if (v !== null) high = Math.max(high, v);
     }
-    for (const r of this.spec.references) if (!this.log || r.value > 0) { low = Math.min(low, r.value); high = Math.max(high, r.value); }
+    // The whole run is seen with its references; a part of it needs the height for itself.
+    for (const r of view.zoomed ? [] : this.spec.references) {
+      if (!this.log || r.value > 0) { low = Math.min(low, r.value); high = Math.max(high, r.value); }
+    }
     if (low > high) { low = this.log ? 0.1 : 0; high = 1; }
     if (this.log) {
       if (high / low < 1.2) { low /= 1.1; high *= 1.1; }
@@ -251,8 +257,8 @@ class LineChart extends Frame {
   }
 
   reference({ value, label }) {
-    if (this.log && value <= 0) return;
-    const y = this.y(value);
+    const y = this.log && value <= 0 ? -1 : this.y(value);
+    if (y < MARGIN.top || y > this.height - MARGIN.bottom) return;
     svg("line", { class: "reference", x1: MARGIN.left, x2: this.width - MARGIN.right, y1: y, y2: y }, this.body);
     svg("text", { class: "reference-label", x: this.width - MARGIN.right, y: y < 30 ? y + 14 : y - 5 }, this.body, label);
   }

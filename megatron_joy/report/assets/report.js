@@ -25,8 +25,11 @@ class Timeline extends Frame {
   draw() {
     this.begin();
     this.marks = [];
-    const count = DATA.attempts.length, labelled = Math.ceil(16 / ATTEMPT_LANE);
-    DATA.attempts.forEach((attempt, i) => this.attempt(attempt, this.lane(i, 0, i % labelled ? "" : "attempt " + attempt.number)));
+    const count = DATA.attempts.length, every = Math.ceil(16 / ATTEMPT_LANE);
+    DATA.attempts.forEach((attempt, i) => {
+      const labelled = i % every === 0 && (i === 0 || (count - i) * ATTEMPT_LANE > 14);
+      this.attempt(attempt, this.lane(i, 0, labelled ? "attempt " + attempt.number : ""));
+    });
     let lane = 0;
     if (DATA.checkpoints.length) this.checkpoints(this.lane(count, lane++, "saved"));
     if (DATA.events.length) this.events(this.lane(count, lane, "events"));
@@ -34,7 +37,7 @@ class Timeline extends Frame {
   }
 
   attempt(attempt, y) {
-    const from = this.at(attempt.start, attempt.start_time), to = Math.max(from + 2, this.at(attempt.end, attempt.end_time));
+    const from = Math.max(MARGIN.left, this.at(attempt.start, attempt.start_time)), to = Math.max(from + 2, this.at(attempt.end, attempt.end_time));
     // In time, lost steps are the last part of the bar: as large a share of it as of its steps.
     const lost = (attempt.end - attempt.kept) / Math.max(1, attempt.end - attempt.start);
     const kept = view.axis === "time" ? to - (to - from) * lost : Math.max(from, this.at(attempt.kept, null));
@@ -206,8 +209,8 @@ function toolbar() {
 }
 
 function begin() {
-  document.documentElement.classList.remove("no-script");
   if (!ROWS.step.length) return;
+  document.documentElement.classList.remove("no-script");
   if (DATA.load) Heat.colours = new Map(DATA.load.palette.map((c, i) => [parseInt(c.slice(1), 16), i]));
   for (const spec of DATA.charts) {
     const panel = document.getElementById(spec.id);
