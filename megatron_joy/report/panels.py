@@ -285,7 +285,7 @@ def _named(load: LoadHistory, first: int) -> str:
     """Dead and overloaded experts by name, at most _TOO_SPREAD of each kind."""
     parts = []
     for kind, found in (("Dead", load.dead), ("Overloaded (over 2×)", load.overloaded)):
-        names = [f"layer {first + i} expert {e} ({load.tail_ratio[i, e]:.2f}×)" for i, e in found[:_TOO_SPREAD]]
+        names = [f"layer {first + i} expert {e} ({load.tail_ratio[i, e]:.3g}×)" for i, e in found[:_TOO_SPREAD]]
         more = f" and {len(found) - _TOO_SPREAD} more" if len(found) > _TOO_SPREAD else ""
         parts.append(f"<dt>{kind}</dt><dd>{', '.join(names) + more if names else 'none'}</dd>")
     return f'<dl class="named">{"".join(parts)}</dl>'
