@@ -1,0 +1,132 @@
+"""`joy prove`: a recipe's layout in small, on CPU, against one process."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from megatron_joy.prove.proof import STEPS_BEFORE, TOLERANCES, OnStep, Proof, prove
+from megatron_joy.prove.shrink import WIDTH, Change
+from megatron_joy.recipe import load_recipe
+
+app = typer.Typer()
+
+DEGREES = {
+    "TP": "tensor_model_parallel_size",
+    "PP": "pipeline_model_parallel_size",
+    "VPP": "virtual_pipeline_model_parallel_size",
+    "CP": "context_parallel_size",
+    "EP": "expert_model_parallel_size",
+    "ETP": "expert_tensor_parallel_size",
+    "DP": "data_parallel_size",
+}
+NAMES = {"loss": "loss", "mtp_loss": "MTP loss", "grad_norm": "gradient norm", "parameters": "parameters"}
+
+
+@app.command("prove", epilog="Example: joy prove joyai_tiny --world 4 layout.tensor_model_parallel_size=2")
+def prove_command(
+    recipe: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped name or a TOML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE ...", help="Other layouts.")] = None,
+    world: Annotated[
+        int | None, typer.Option("--world", min=1, help="Processes at most; default: what memory holds, up to 16.")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to compare.")] = 10,
+    keep: Annotated[
+        Path | None, typer.Option("--keep", metavar="DIR", help="Keep logs, checkpoint and weights here.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON value.")] = False,
+) -> None:
+    """Run the recipe's parallel layout, shrunk in width only, on CPU, and hold it against one process.
+
+    One process trains a few steps and writes a checkpoint; the layout reads it and both go on with the same samples.
+    Losses, MTP losses, gradient norms of each step and all parameters after the last one are compared in fp32.
+    Exits 0 when all are within tolerance, 1 when not.
+    """
+    resolved = load_recipe(recipe, overrides or [])
+    with _progress(steps) as progress:
+        proof = prove(resolved, world, steps, keep, on_step=_advance(progress, steps))
+    if as_json:
+        print(json.dumps({"name": resolved.name} | proof.as_json(), indent=2))
+    else:
+        _show(resolved.name, proof)
+    if not proof.holds:
+        raise typer.Exit(1)
+
+
+def _progress(steps: int) -> Progress:
+    columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    shown = sys.stderr.isatty()
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown)
+
+
+def _advance(progress: Progress, steps: int) -> OnStep:
+    tasks = {
+        "reference": progress.add_task("one process", total=STEPS_BEFORE + steps),
+        "layout": progress.add_task("the layout", total=steps),
+    }
+
+    def on_step(run: str, number: int) -> None:
+        progress.advance(tasks[run])
+
+    return on_step
+
+
+def _layout_line(proof: Proof) -> str:
+    layout = proof.shrunk.recipe.layout
+    degrees = [f"{name} {getattr(layout, key)}" for name, key in DEGREES.items() if getattr(layout, key) > 1]
+    return f"{' x '.join(degrees) or 'one process'}, {layout.world_size} processes"
+
+
+def _changes_line(title: str, changes: list[Change]) -> str:
+    return f"{title}: " + ", ".join(f"{change.key} {_value(change.was)} -> {_value(change.now)}" for change in changes)
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _show(name: str, proof: Proof) -> None:
+    console = Console(highlight=False)
+    console.print(f"[bold]{name}[/bold]: {_layout_line(proof)}, against one process")
+    for change in proof.shrunk.reduced:
+        console.print(f"[yellow]reduced[/yellow] ({change.why}): {change.key} {change.was} -> {change.now}")
+    widths = [change for change in proof.shrunk.changes if change.why == WIDTH]
+    if widths:
+        console.print(_changes_line("widths", widths), style="dim", soft_wrap=True)
+    console.print(_steps_table(proof))
+    console.print(_verdict_table(proof))
+    console.print(f"worst parameter: {proof.worst.key}, {proof.worst.absolute:.1e} absolute", soft_wrap=True)
+    seconds = f"{proof.reference_seconds:.1f} s in one process, {proof.layout_seconds:.1f} s in the layout"
+    verdict = "[green]the layout follows[/green]" if proof.holds else "[red]the layout does not follow[/red]"
+    console.print(f"{verdict} one process over {len(proof.layout)} steps ({seconds})", soft_wrap=True)
+
+
+def _steps_table(proof: Proof) -> Table:
+    """Each step's numbers in one process and in the layout, in pairs."""
+    table = Table(title="one process and the layout, step by step")
+    table.add_column("step", justify="right")
+    columns = [name for name in ("loss", "mtp_loss", "grad_norm") if name in proof.differences]
+    for name in columns:
+        table.add_column(NAMES[name].removeprefix("gradient "), justify="right")
+        table.add_column("layout", justify="right")
+    for one, other in zip(proof.reference, proof.layout, strict=True):
+        cells = [f"{getattr(step, name):.6f}" for name in columns for step in (one, other)]
+        table.add_row(str(one.number), *cells)
+    return table
+
+
+def _verdict_table(proof: Proof) -> Table:
+    table = Table()
+    for title in ("quantity", "largest relative difference", "tolerance", ""):
+        table.add_column(title, justify="left" if title in ("quantity", "") else "right")
+    for name, difference in proof.differences.items():
+        within = difference <= TOLERANCES[name]
+        table.add_row(NAMES[name], f"{difference:.1e}", f"{TOLERANCES[name]:.0e}", "ok" if within else "[red]no[/red]")
+    equal = "equal" if proof.rerouted == 0 else f"{proof.rerouted} tokens elsewhere"
+    table.add_row("expert loads", equal, "", "")
+    return table

@@ -1,0 +1,1 @@
+"""`joy prove`: a recipe's parallel layout, shrunk in width only, on CPU against one process. Light to import."""

@@ -1,0 +1,156 @@
+"""Runs the reference and the layout and holds one against the other. Imports no torch: the ranks do."""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from megatron_joy.errors import UserError, WorkError
+from megatron_joy.platform.world import WorldFailed, run_world
+from megatron_joy.prove.numbers import ParameterDifference, Step
+from megatron_joy.prove.shrink import Shrunk, one_process, shrink
+from megatron_joy.recipe.schema import Recipe
+
+MOST_PROCESSES = 16
+RANK_BYTES = 700 * 2**20  # of a rank of a shrunk model, what it shares with others not counted
+STEPS_BEFORE = 2  # in one process before the checkpoint
+# By name: the module imports torch, which only the ranks need.
+LEAD, FOLLOW = "megatron_joy.prove.runs:lead", "megatron_joy.prove.runs:follow"
+PATIENCE = 600.0  # seconds without a step that mean a hang
+
+# Relative differences from one process that a layout may have in fp32.
+TOLERANCES = {"loss": 1e-5, "mtp_loss": 1e-5, "grad_norm": 1e-4, "parameters": 1e-5}
+
+OnStep = Callable[[str, int], None]  # is told the run ("reference" or "layout") and the number of the step just done
+
+
+def most_processes() -> int:
+    """Processes that this machine can hold: memory allows for them, and there are at most MOST_PROCESSES."""
+    return max(1, min(MOST_PROCESSES, int(psutil.virtual_memory().available // RANK_BYTES)))
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Both runs step by step and the worst parameter over all ranks."""
+
+    shrunk: Shrunk
+    reference: Sequence[Step]
+    layout: Sequence[Step]
+    worst: ParameterDifference
+    reference_seconds: float
+    layout_seconds: float
+
+    @property
+    def differences(self) -> dict[str, float]:
+        """Largest relative difference of each quantity in TOLERANCES over all steps."""
+        found = {
+            name: max(map(relative_difference, self._column(self.layout, name), self._column(self.reference, name)))
+            for name in ("loss", "mtp_loss", "grad_norm")
+            if self.reference[0].mtp_loss is not None or name != "mtp_loss"
+        }
+        return found | {"parameters": self.worst.relative}
+
+    @property
+    def rerouted(self) -> int:
+        """Tokens that went to another expert than in the reference, over all layers and steps."""
+        return (
+            sum(
+                abs(a - b)
+                for one, other in zip(self.reference, self.layout, strict=True)
+                for row, other_row in zip(one.expert_tokens, other.expert_tokens, strict=True)
+                for a, b in zip(row, other_row, strict=True)
+            )
+            // 2
+        )
+
+    @property
+    def holds(self) -> bool:
+        """Whether every difference is within its tolerance."""
+        return all(difference <= TOLERANCES[name] for name, difference in self.differences.items())
+
+    @staticmethod
+    def _column(steps: Sequence[Step], name: str) -> list[float]:
+        return [getattr(step, name) for step in steps]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the expert loads, for `--json`."""
+
+        def numbers(steps: Sequence[Step]) -> list[dict[str, Any]]:
+            return [{"step": s.number, "loss": s.loss, "mtp_loss": s.mtp_loss, "grad_norm": s.grad_norm} for s in steps]
+
+        return {
+            "holds": self.holds,
+            "differences": self.differences,
+            "tolerances": TOLERANCES,
+            "worst_parameter": dataclasses.asdict(self.worst),
+            "rerouted_tokens": self.rerouted,
+            "layout": self.shrunk.recipe.layout.model_dump(),
+            "processes": self.shrunk.recipe.layout.world_size,
+            "changes": [dataclasses.asdict(change) for change in self.shrunk.changes],
+            "reference_steps": numbers(self.reference),
+            "layout_steps": numbers(self.layout),
+            "reference_seconds": self.reference_seconds,
+            "layout_seconds": self.layout_seconds,
+        }
+
+
+def relative_difference(value: float, reference: float) -> float:
+    """|value - reference| / |reference|; infinite where either is not a number."""
+    difference = abs(value - reference) / abs(reference) if reference else abs(value)
+    return difference if difference == difference else float("inf")
+
+
+def prove(
+    recipe: Recipe,
+    processes: int | None = None,
+    steps: int = 10,
+    folder: Path | None = None,
+    on_step: OnStep | None = None,
+) -> Proof:
+    """The recipe's layout, shrunk for at most `processes` processes, follows one process for `steps` steps, or not.
+
+    folder: where logs, the checkpoint and the reference's weights stay; None: nowhere. Raises UserError when the
+    machine can't hold the world that was asked for, WorkError with the first failing rank's reason.
+    """
+    room = most_processes()
+    if processes is not None and processes > max(room, 1):
+        raise UserError(f"joy prove: {processes} processes don't fit into this machine's memory; give --world {room}")
+    small = shrink(recipe, processes or room, STEPS_BEFORE + steps)
+    return hold_against_one_process(small, folder, on_step)
+
+
+def hold_against_one_process(small: Shrunk, folder: Path | None = None, on_step: OnStep | None = None) -> Proof:
+    """As `prove`, of a recipe that is small already."""
+    with ExitStack() as stack:
+        place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="joy-prove-")))
+        checkpoints, weights = place / "checkpoints", place / "weights.safetensors"
+        alone, size = one_process(small.recipe), small.recipe.layout.world_size
+        (reference,) = _world("reference", place, on_step, LEAD, 1, alone, checkpoints, STEPS_BEFORE, weights)
+        checkpoint = checkpoints / f"step_{STEPS_BEFORE:08d}"
+        ranks = _world("layout", place, on_step, FOLLOW, size, small.recipe, checkpoint, weights)
+    return Proof(
+        shrunk=small,
+        reference=reference.steps,
+        layout=ranks[0].steps,
+        worst=max((rank.worst for rank in ranks), key=lambda worst: worst.relative),
+        reference_seconds=reference.seconds,
+        layout_seconds=ranks[0].seconds,
+    )
+
+
+def _world(name: str, place: Path, on_step: OnStep | None, function: str, size: int, *args: Any) -> list[Any]:
+    def told(rank: int, number: int) -> None:
+        if on_step is not None:
+            on_step(name, number)
+
+    try:
+        return run_world(function, size, *args, patience=PATIENCE, log_folder=place / "logs" / name, on_message=told)
+    except WorldFailed as failed:
+        if failed.users_mistake:
+            raise UserError(f"joy prove, {name}: {failed.error.partition(': ')[2]}") from None
+        raise WorkError(f"joy prove, {name} of {size}: {failed}") from failed
