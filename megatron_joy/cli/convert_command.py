@@ -1,0 +1,120 @@
+"""`joy convert`: checkpoints to and from Hugging Face's format."""
+
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatron_joy.errors import UserError
+from megatron_joy.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from megatron_joy.convert.to_hf import Export
+
+app = typer.Typer(help="To and from Hugging Face's format. Example: joy convert to-hf runs/joyai_tiny --out hf/tiny")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
+Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Prove what was written.")]
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def size_in_bytes(text: str) -> int:
+    """'5GB' as a number of bytes. Raises UserError for anything else than a number and a unit."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise UserError(f"--max-shard-size {text}: not a size; expected a number and a unit, as 5GB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+@app.command("to-hf", epilog="Example: joy convert to-hf runs/joyai_tiny --out hf/joyai_tiny")
+def to_hf_command(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run: its newest whole one.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The new folder.")],
+    precision: Annotated[str | None, typer.Option(help="bf16 or fp32; without it the run's own.")] = None,
+    family: Annotated[
+        str, typer.Option(help="model_type of config.json: deepseek_v3 or joyai_llm_flash.")
+    ] = "deepseek_v3",
+    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file, as 5GB.")] = "5GB",
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The tokenizer's folder; without it the training data's.")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Rows of embedding and head to write; without it all, or what was imported.")
+    ] = None,
+    verify: Verify = True,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint of any layout as a folder that transformers, vLLM and SGLang load without our code.
+
+    Proved unless --no-verify: every tensor is read back bit for bit and, for a model that fits into memory twice, the
+    training model's logits on real text are compared with transformers'.
+    """
+    from megatron_joy.convert.progress import shown_phases
+    from megatron_joy.convert.to_hf import ExportOptions, to_hf
+
+    options = ExportOptions(precision, family, size_in_bytes(max_shard_size), vocab_size, tokenizer, verify)
+    with shown_phases() as phases:
+        export = to_hf(checkpoint, out, options, phases)
+    _notes(export.notes)
+    if as_json:
+        print(json.dumps(export.as_json(), indent=2))
+    else:
+        _print_export(export)
+
+
+def _print_export(export: "Export") -> None:
+    print(
+        f"{export.folder}: {export.tensors} tensors, {export.bytes:,} bytes in {len(export.files)} files, "
+        f"{export.precision}, from step {export.step} of {export.checkpoint}"
+    )
+    if export.verification is None:
+        return
+    print(f"verified: {export.verification.tensors} tensors read back bit for bit")
+    logits = export.verification.logits
+    if logits is None:
+        print(f"logits not compared: {export.verification.why_no_logits}")
+        return
+    print(
+        f"verified: logits of {logits.tokens} tokens agree with transformers' to {logits.max_difference:.1e} "
+        f"(largest logit {logits.largest_logit:.2f}), the first choice at {logits.top1_agreement:.1%} of positions"
+    )
+
+
+@app.command("from-hf", epilog="Example: joy convert from-hf hf/joyai_tiny --out imported --recipe joyai_tiny")
+def from_hf_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face folder with safetensors.")],
+    out: Annotated[Path, typer.Option("--out", metavar="CKPT", help="The new checkpoint folder.")],
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="What it is to be trained with; its model must be the same.")
+    ] = None,
+    verify: Verify = True,
+    as_json: Json = False,
+) -> None:
+    """Write a folder of the DeepSeek-V3 family as a checkpoint of weights, of step 0, that any layout starts from.
+
+    With --recipe and --out RUN/checkpoints/step_00000000 the recipe becomes the run's too. No code of the folder is run
+    and no pickle opened.
+    """
+    from megatron_joy.convert.from_hf import from_hf
+    from megatron_joy.convert.progress import shown_phases
+
+    loaded = load_recipe(recipe) if recipe is not None else None
+    with shown_phases() as phases:
+        done = from_hf(folder, out, loaded, verify, phases)
+    if as_json:
+        print(json.dumps(done.as_json(), indent=2))
+        return
+    print(f"{done.checkpoint}: {done.parameters} parameters, {done.bytes:,} bytes, {done.precision}, step 0")
+    if done.verified:
+        print(f"verified: {done.tensors} tensors read back bit for bit")
+    if done.run_recipe is not None:
+        print(f"{done.run_recipe}: the run's recipe")

@@ -1,0 +1,80 @@
+"""Safetensors files written tensor by tensor, in a fixed order, hashed on the way.
+
+Format: 8 bytes little-endian length of the header, the header (JSON, padded with spaces), the tensors' bytes
+(https://github.com/huggingface/safetensors#format). The library's own writer wants all tensors in memory.
+"""
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+DTYPES: dict[str, tuple[str, torch.dtype]] = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16)}
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file. dtype: a key of DTYPES."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of its elements."""
+        return math.prod(self.shape) * DTYPES[self.dtype][1].itemsize
+
+
+def _header(entries: Sequence[Entry]) -> bytes:
+    content: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in entries:
+        content[entry.name] = {
+            "dtype": DTYPES[entry.dtype][0],
+            "shape": list(entry.shape),
+            "data_offsets": [end, end + entry.bytes],
+        }
+        end += entry.bytes
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def aligned(entries: Sequence[Entry]) -> list[Entry]:
+    """The order in a file: wide elements first, so that each tensor lies at a multiple of its elements' size."""
+    return sorted(entries, key=lambda entry: -DTYPES[entry.dtype][1].itemsize)
+
+
+def write_file(path: Path, entries: Sequence[Entry], produce: Callable[[Entry], Tensor]) -> dict[str, str]:
+    """Writes the tensors in the given order, one in memory at a time; returns the SHA-256 of each one's bytes.
+
+    `produce` gives a tensor of exactly the entry's shape and dtype (ValueError otherwise).
+    """
+    digests = {}
+    with open(path, "wb") as stream:
+        stream.write(_header(entries))
+        for entry in entries:
+            digests[entry.name] = _write_tensor(stream, entry, produce(entry))
+    return digests
+
+
+def _write_tensor(stream: IO[bytes], entry: Entry, tensor: Tensor) -> str:
+    if tuple(tensor.shape) != entry.shape or tensor.dtype != DTYPES[entry.dtype][1]:
+        raise ValueError(f"{entry.name}: {list(tensor.shape)} {tensor.dtype}, expected {entry}")
+    data = elements_of(tensor)
+    stream.write(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def elements_of(tensor: Tensor) -> memoryview:
+    """The tensor's elements as bytes, row by row."""
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
