@@ -1,7 +1,10 @@
 """Which folders are whole checkpoints, found without torch: the newest one that holds is the one to go on from."""
 
+import fcntl
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +12,6 @@ from megatron_joy.checkpoint.marker import MARKER, Checkpoint, FileEntry, Marker
 from megatron_joy.errors import UserError
 
 CHUNK = 1 << 22
-# A checkpoint that one of the same step is about to replace (`save`); it counts while its successor isn't there.
-REPLACED = ".replaced"
-
 Progress = Callable[[int], None]  # is told the bytes read since the last call
 
 
@@ -41,8 +41,7 @@ def candidates(folder: Path) -> list[Path]:
         return []
     found: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
-        name = path.name.removeprefix(".").removesuffix(REPLACED) if path.name.endswith(REPLACED) else path.name
-        step = step_of(name)
+        step = step_of(path.name)
         if step is not None and path.is_dir():
             found[step] = path  # ".step_N.replaced" sorts before "step_N", which wins
     return [found[step] for step in sorted(found, reverse=True)]
@@ -88,8 +87,7 @@ def read_candidate(path: Path) -> Checkpoint | Problem:
         marker = read_marker(path)
     except MarkerProblem as problem:
         return Problem(MARKER, "a whole marker", str(problem))
-    name = path.name.removeprefix(".").removesuffix(REPLACED)
-    if step_of(name) not in (marker.step, None):
+    if step_of(path.name) not in (marker.step, None):
         return Problem(MARKER, f"the step of the folder's name {path.name}", f"step {marker.step}")
     return Checkpoint(path, marker)
 
@@ -130,3 +128,31 @@ def open_checkpoint(path: Path, full: bool = False) -> Checkpoint:
     if not isinstance(found, Checkpoint):
         raise UserError(f"{path} is not a whole checkpoint: {found[0]}; take another step (joy checkpoint list RUN)")
     return found
+
+
+@contextmanager
+def being_read(checkpoint: Checkpoint) -> Iterator[None]:
+    """Keeps `retention.prune`, also another process's, from removing the checkpoint inside the with-block."""
+    descriptor = os.open(checkpoint.path / MARKER, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def unread(path: Path) -> Iterator[bool]:
+    """Whether nobody reads the checkpoint in this folder; if so nobody can begin to inside the with-block."""
+    try:
+        descriptor = os.open(path / MARKER, os.O_RDONLY)
+    except FileNotFoundError:
+        yield True  # no checkpoint, nothing to read
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(descriptor)

@@ -16,7 +16,15 @@ from megatron_joy.checkpoint.contents import (
     set_updates_done,
     weight_boxes,
 )
-from megatron_joy.checkpoint.find import Choice, Problem, candidates, file_problems, passed_over, read_candidate
+from megatron_joy.checkpoint.find import (
+    Choice,
+    Problem,
+    being_read,
+    candidates,
+    file_problems,
+    passed_over,
+    read_candidate,
+)
 from megatron_joy.checkpoint.marker import Checkpoint
 from megatron_joy.checkpoint.storage import LoadPlanner, Reader
 from megatron_joy.checkpoint.together import RanksFailed, each, together
@@ -66,7 +74,7 @@ def load_checkpoint(
     try:
         reader, wanted = each(lambda: _prepare(checkpoint, chunks, optimizer, process))
         _check_totality(checkpoint, reader, wanted, with_optimizer=optimizer is not None)
-        together(lambda: _read(reader, wanted))
+        together(lambda: _read(checkpoint, reader, wanted))
     except RanksFailed as failure:
         raise WorkError(f"{checkpoint.path} could not be loaded: {failure}") from None
     if optimizer is not None:
@@ -116,6 +124,6 @@ def _listed(sentence: str, items: list[str]) -> str:
     return sentence.format(", ".join(items[:NAMED]) + more)
 
 
-def _read(reader: Reader, wanted: dict[str, Boxes]) -> None:
-    with torch.no_grad():
+def _read(checkpoint: Checkpoint, reader: Reader, wanted: dict[str, Boxes]) -> None:
+    with being_read(checkpoint), torch.no_grad():
         load(wanted, storage_reader=reader, planner=LoadPlanner(), no_dist=True)

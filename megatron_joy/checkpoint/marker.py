@@ -18,7 +18,9 @@ MARKER = "COMMITTED.json"
 RECIPE = "recipe.toml"
 FORMAT_VERSION = 1
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]+")
-_FOLDER_NAME = re.compile(r"step_(\d{8,})")
+# A checkpoint, or one that another of the same step is about to replace (`save`): it counts until the other is there.
+_FOLDER_NAME = re.compile(r"step_(\d{8,})|\.step_(\d{8,})\.replaced")
+_UNFINISHED_NAME = re.compile(r"\.step_(\d{8,})\.writing-(\d+)")
 
 
 class MarkerProblem(ValueError):
@@ -96,10 +98,26 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def replaced_name(step: int) -> str:
+    """What the folder is called while a newer checkpoint of the same step takes its place."""
+    return f".{folder_name(step)}.replaced"
+
+
+def unfinished_name(step: int, attempt: int) -> str:
+    """The hidden folder in which an attempt of a run writes a checkpoint."""
+    return f".{folder_name(step)}.writing-{attempt}"
+
+
+def unfinished_of(name: str) -> tuple[int, int] | None:
+    """(step, attempt) of an unfinished checkpoint's folder name, or None if it isn't one."""
+    match = _UNFINISHED_NAME.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
 def step_of(name: str) -> int | None:
     """The step in a checkpoint folder's name, or None if it isn't one."""
     match = _FOLDER_NAME.fullmatch(name)
-    return int(match[1]) if match else None
+    return int(match[1] or match[2]) if match else None
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -25,15 +25,21 @@ from megatron_joy.checkpoint.contents import (
     weight_boxes,
     write_megatron_config,
 )
-from megatron_joy.checkpoint.find import REPLACED, latest, sha256_of
-from megatron_joy.checkpoint.marker import RECIPE, FileEntry, Marker, folder_name, write_marker
+from megatron_joy.checkpoint.find import latest, sha256_of
+from megatron_joy.checkpoint.marker import (
+    RECIPE,
+    FileEntry,
+    Marker,
+    folder_name,
+    replaced_name,
+    unfinished_name,
+    write_marker,
+)
 from megatron_joy.checkpoint.storage import SavePlanner, Writer
 from megatron_joy.checkpoint.together import RanksFailed, each, one_line, together
 from megatron_joy.errors import WorkError
 from megatron_joy.platform.process import Process
 from megatron_joy.recipe import Recipe, dump_recipe
-
-WRITING = ".writing-"  # .step_00000200.writing-3 is being written, or was, by attempt 3
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,11 @@ class _Save:
 
     @property
     def partial(self) -> Path:
-        return self.folder / f".{self.final.name}{WRITING}{self.attempt}"
+        return self.folder / unfinished_name(self.step, self.attempt)
+
+    @property
+    def aside(self) -> Path:
+        return self.folder / replaced_name(self.step)
 
 
 def save_checkpoint(
@@ -146,7 +156,7 @@ def _commit(save: _Save, files: list[FileEntry], updates: int | None, state: dic
     )
     write_marker(save.partial, marker)
     sync(save.partial)
-    _put_in_place(save.partial, save.final)
+    _put_in_place(save)
 
 
 def _entry(path: Path) -> FileEntry:
@@ -162,17 +172,16 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _put_in_place(partial: Path, final: Path) -> None:
+def _put_in_place(save: _Save) -> None:
     """The rename that makes the checkpoint exist. One of the same step steps aside first and counts until then."""
-    aside = final.with_name(f".{final.name}{REPLACED}")
-    if final.exists():
-        if aside.exists():
-            shutil.rmtree(aside)
-        final.rename(aside)
-    partial.rename(final)
-    sync(final.parent)
-    if aside.exists():
-        shutil.rmtree(aside)
+    if save.final.exists():
+        if save.aside.exists():
+            shutil.rmtree(save.aside)
+        save.final.rename(save.aside)
+    save.partial.rename(save.final)
+    sync(save.folder)
+    if save.aside.exists():
+        shutil.rmtree(save.aside)
 
 
 def _give_up(save: _Save, failure: RanksFailed) -> str:

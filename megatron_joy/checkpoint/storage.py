@@ -9,10 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
+import torch
+from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_joy.checkpoint.find import Problem, file_problem
 from megatron_joy.checkpoint.marker import Checkpoint, FileEntry
@@ -182,6 +185,13 @@ class Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The index, read once and safely."""
         return self.index
+
+    def tensor(self, key: str) -> Tensor:
+        """A whole tensor on the CPU, in this process alone; it needs no process group. KeyError if there is none."""
+        entry = self.tensors[key]
+        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+        load({key: whole}, storage_reader=self, planner=LoadPlanner(), no_dist=True)
+        return whole
 
     @property
     def tensors(self) -> dict[str, TensorStorageMetadata]:

@@ -1,0 +1,40 @@
+"""Reading every byte of a run's checkpoints and holding it against what was committed; without torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_joy.checkpoint.find import Problem, Progress, candidates, examine, read_candidate
+from megatron_joy.checkpoint.marker import Checkpoint
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a look at one folder gave. Whole: a checkpoint and no problems."""
+
+    path: Path
+    checkpoint: Checkpoint | None
+    problems: tuple[Problem, ...]
+
+    @property
+    def whole(self) -> bool:
+        """True if everything is as it was committed."""
+        return not self.problems
+
+
+def judge(path: Path, full: bool, progress: Progress | None = None) -> Verdict:
+    """Looks at a folder: marker and sizes and, with `full`, every file's SHA-256."""
+    found = examine(path, full, progress)
+    marked = read_candidate(path)
+    checkpoint = marked if isinstance(marked, Checkpoint) else None
+    return Verdict(path, checkpoint, () if isinstance(found, Checkpoint) else tuple(found))
+
+
+def verdicts(folder: Path, full: bool, progress: Progress | None = None) -> list[Verdict]:
+    """`judge` for all of a run's `checkpoints`, newest first."""
+    return [judge(path, full, progress) for path in candidates(folder)]
+
+
+def bytes_to_read(folder: Path) -> int:
+    """How many bytes a full verification reads, for a progress bar."""
+    marked = (read_candidate(path) for path in candidates(folder))
+    return sum(found.marker.bytes for found in marked if isinstance(found, Checkpoint))

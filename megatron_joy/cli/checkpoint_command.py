@@ -1,0 +1,191 @@
+"""`joy checkpoint`: list, verify, prune and inspect a run's checkpoints."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from megatron_joy.checkpoint.find import open_checkpoint
+from megatron_joy.checkpoint.marker import Marker, unfinished_of
+from megatron_joy.checkpoint.retention import prune as prune_folder
+from megatron_joy.checkpoint.verify import Verdict, bytes_to_read, verdicts
+from megatron_joy.errors import UserError, WorkError
+from megatron_joy.recipe.schema import CheckpointSection
+
+app = typer.Typer(help="List, verify, prune and inspect a run's checkpoints.", no_args_is_help=True)
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
+
+DEGREES = {
+    "tensor_model_parallel_size": "TP",
+    "pipeline_model_parallel_size": "PP",
+    "virtual_pipeline_model_parallel_size": "VPP",
+    "context_parallel_size": "CP",
+    "expert_model_parallel_size": "EP",
+    "expert_tensor_parallel_size": "ETP",
+    "data_parallel_size": "DP",
+}
+UNITS = ("B", "kB", "MB", "GB", "TB")
+AGES = (("d", 86400), ("h", 3600), ("min", 60))
+
+
+@app.command("list", epilog="Example: joy checkpoint list runs/joyai_tiny")
+def list_command(run: Run, json_output: Json = False) -> None:
+    """Show every checkpoint: step, size, age, whether it is whole (marker and sizes), and who wrote it."""
+    folder = checkpoints_of(run)
+    found = verdicts(folder, full=False)
+    if json_output:
+        print(json.dumps([as_json(verdict) for verdict in found], indent=2))
+        return
+    console = Console()
+    if not found:
+        console.print(f"no checkpoints in {escape(str(folder))}")
+    else:
+        console.print(_table(found))
+    for path in sorted(folder.iterdir()):
+        if unfinished_of(path.name):
+            console.print(f"[dim]{path.name}: a save that was not finished, or one that is under way[/]")
+
+
+@app.command("verify", epilog="Example: joy checkpoint verify runs/joyai_tiny")
+def verify_command(run: Run, json_output: Json = False) -> None:
+    """Read every byte of every checkpoint and hold it against what was committed; exit 1 if something is broken."""
+    folder = checkpoints_of(run)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("verifying", total=bytes_to_read(folder))
+        found = verdicts(folder, full=True, progress=lambda count: bar.advance(task, count))
+    if json_output:
+        print(json.dumps([as_json(verdict) for verdict in found], indent=2))
+    else:
+        for verdict in found:
+            _say(verdict)
+    broken = [verdict for verdict in found if not verdict.whole]
+    if broken:
+        names = ", ".join(verdict.path.name for verdict in broken)
+        raise WorkError(f"{len(broken)} of {len(found)} checkpoints in {folder} are not whole: {names}")
+
+
+@app.command("prune", epilog="Example: joy checkpoint prune runs/joyai_tiny --keep-last 2")
+def prune_command(
+    run: Run,
+    keep_last: Annotated[
+        int, typer.Option(min=1, help="How many of the newest whole checkpoints to keep.")
+    ] = CheckpointSection().keep_last,
+    json_output: Json = False,
+) -> None:
+    """Remove all but the newest whole checkpoints, and what killed saves left behind. Never the last whole one."""
+    done = prune_folder(checkpoints_of(run), keep_last)
+    if json_output:
+        print(json.dumps({"kept": done.kept, "removed": done.removed, "notes": done.notes}, indent=2))
+        return
+    for verb, names in (("kept", done.kept), ("removed", done.removed)):
+        print(f"{verb}: {', '.join(names) or 'none'}")
+    for note in done.notes:
+        print(note)
+
+
+@app.command("inspect", epilog="Example: joy checkpoint inspect runs/joyai_tiny/checkpoints/step_00000300 --norms")
+def inspect_command(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder.")],
+    norms: Annotated[bool, typer.Option("--norms", help="Read every tensor and show its Euclidean norm.")] = False,
+    prefix: Annotated[str, typer.Option(help="Only tensors whose key begins so.")] = "",
+    json_output: Json = False,
+) -> None:
+    """Show the tensors of a checkpoint: key, shape, number format and, if asked for, norm."""
+    from megatron_joy.checkpoint.inspect import summaries  # torch, which the other commands don't need
+
+    rows = list(summaries(open_checkpoint(checkpoint), norms, prefix))
+    if json_output:
+        print(json.dumps([vars(row) for row in rows], indent=2))
+        return
+    width = max((len(row.key) for row in rows), default=0)
+    for row in rows:
+        norm = "" if row.norm is None else f"  {row.norm:.6e}"
+        print(f"{row.key:<{width}}  {row.dtype:<8}  {list(row.shape)!s:<20}{norm}".rstrip())
+
+
+def checkpoints_of(run: Path) -> Path:
+    """The folder of a run's checkpoints. Raises UserError if there is none."""
+    folder = run / "checkpoints"
+    if folder.is_dir():
+        return folder
+    if run.name == "checkpoints" and run.is_dir():
+        return run
+    raise UserError(f"{run}: no folder checkpoints in it; expected a run's folder such as runs/joyai_tiny")
+
+
+def layout_text(marker: Marker) -> str:
+    """For example 'TP2 EP2 on 2', or '1 process'."""
+    degrees = [f"{short}{marker.layout[key]}" for key, short in DEGREES.items() if marker.layout.get(key, 1) > 1]
+    return f"{' '.join(degrees)} on {marker.world_size}" if degrees else f"{marker.world_size} process"
+
+
+def size_text(count: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in UNITS:
+        if count < 1000 or unit == UNITS[-1]:
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def age_text(seconds: float) -> str:
+    """Seconds for people, in the largest unit that fits."""
+    for unit, length in AGES:
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def as_json(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as JSON."""
+    marker = verdict.checkpoint.marker if verdict.checkpoint else None
+    return {
+        "folder": str(verdict.path),
+        "whole": verdict.whole,
+        "problems": [vars(problem) for problem in verdict.problems],
+        "step": marker.step if marker else None,
+        "attempt": marker.attempt if marker else None,
+        "samples": marker.samples if marker else None,
+        "bytes": marker.bytes if marker else None,
+        "time": marker.time if marker else None,
+        "world_size": marker.world_size if marker else None,
+        "layout": marker.layout if marker else None,
+        "versions": marker.versions if marker else None,
+    }
+
+
+def _table(found: list[Verdict]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("checkpoint", "size", "age", "layout", "attempt", "state"):
+        table.add_column(name, justify="right" if name in ("size", "age", "attempt") else "left", overflow="fold")
+    for verdict in found:
+        state = "[green]whole[/]" if verdict.whole else f"[red]not whole[/]: {escape(str(verdict.problems[0]))}"
+        row = ("?", "?", "?", "?")
+        if verdict.checkpoint:
+            marker = verdict.checkpoint.marker
+            row = (
+                size_text(marker.bytes),
+                age_text(time.time() - marker.time),
+                layout_text(marker),
+                str(marker.attempt),
+            )
+        table.add_row(verdict.path.name, *row, state)
+    return table
+
+
+def _say(verdict: Verdict) -> None:
+    if verdict.whole and verdict.checkpoint:
+        marker = verdict.checkpoint.marker
+        print(f"{verdict.path.name}: whole, {len(marker.files)} files, {size_text(marker.bytes)}")
+    for problem in verdict.problems:
+        print(f"{verdict.path.name}: {problem}")
