@@ -72,7 +72,7 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
             names = [f"{origin}.{alias.name}" for alias in node.names]
         for name in names:
             if name.partition(".")[0] in OURS:
-                yield node.lineno, name  # type: ignore[attr-defined]
+                yield node.lineno, name
 
 
 def allowed(room: str, name: str) -> bool:
