@@ -21,6 +21,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv with everything that the package and its tests need
+	@echo "$(VENV) is ready; try $(BIN)/joy"
 
 demo: $(STAMP) ## From raw text to a trained, killed, resumed, exported and writing small JoyAI, with a report
 	@$(BIN)/python -m launch.demo
