@@ -81,6 +81,11 @@ class Encoder:
                 if settings.engine == "gigatoken":
                     raise WorkError(f"{folder}: {self.note.partition(';')[0]}; set encode.engine to auto") from None
 
+    def restart(self) -> None:
+        """Begin a new shard: checks fall on the same documents whatever was encoded before."""
+        self.checked = 0
+        self._until_check = 0
+
     def _reference(self, text: bytes) -> list[int]:
         self._oracle = self._oracle or oracle_of(self._folder)
         return self._oracle.encode(text.decode(), add_special_tokens=False).ids

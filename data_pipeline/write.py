@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.config import EncodeSection
 from data_pipeline.encode import Encoder, Ids, OracleDifference
 from data_pipeline.engine import Job, TaskResult, statistics_of
 from data_pipeline.spool import Spooled, read_bucket, shuffled, unique
@@ -60,11 +62,19 @@ def write_tokens(prefix: Path, encoder: Encoder, texts: list[bytes], vocab_size:
     return Written(summary, by_id, np.concatenate(by_document), encoder.engine, encoder.checked, encoder.note)
 
 
+@lru_cache(maxsize=1)
+def _encoder(folder: Path, identity: TokenizerIdentity, settings: EncodeSection) -> Encoder:
+    """Loading a tokenizer of 128,000 entries takes as long as encoding a hundred megabytes: once for each worker."""
+    return Encoder(folder, identity, settings)
+
+
 def _write_checked(job: Job, prefix: Path, texts: list[bytes], identity: TokenizerIdentity) -> Written:
     """As write_tokens; where gigatoken and the oracle differ, the whole shard is the oracle's."""
     folder, settings = job.folder / TOKENIZER_FOLDER, job.pipeline.encode
+    encoder = _encoder(folder, identity, settings)
+    encoder.restart()
     try:
-        return write_tokens(prefix, Encoder(folder, identity, settings), texts, identity.vocab_size)
+        return write_tokens(prefix, encoder, texts, identity.vocab_size)
     except OracleDifference as difference:
         slow = Encoder(folder, identity, settings.model_copy(update={"engine": "huggingface"}))
         slow.note = f"{difference}; {prefix.name} was encoded by the Hugging Face library"

