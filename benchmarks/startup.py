@@ -203,7 +203,7 @@ def peer(scratch: Path) -> None:
     (small, large), full = rows, TOKEN_TOTALS[-1]
     line = {
         name: small[name] + (large[name] - small[name]) * (full - PEER_TOKENS[0]) / (PEER_TOKENS[1] - PEER_TOKENS[0])
-        for name in ("seconds", "cpu_seconds", "megabytes", "index_megabytes")
+        for name in ("cpu_seconds", "megabytes", "index_megabytes")
     }
     note = "extrapolated in a straight line, not measured; later starts read the cached index instead"
     print(json.dumps({"case": "megatron-core GPTDataset", "tokens": full, **rounded(line), "note": note}))

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -75,20 +76,26 @@ def _recipe_of(run_folder: Path) -> Recipe:
 
 
 def render_trace(rows: Sequence[dict[str, Any]]) -> Table:
-    """The rows as a table for a terminal."""
-    table = Table(title=f"documents of step {rows[0]['step']}" if rows else "no documents")
-    for name in ("rank", "sample", "source", "epoch", "tokens", "document", "its tokens", "from", "licence"):
-        table.add_column(name, overflow="fold", justify="right" if name in ("rank", "sample", "epoch") else "left")
+    """The rows as a table for a terminal of 80 columns or more; a sample's number stands beside its first document."""
+    title = f"documents of step {rows[0]['step']}" if rows else "no documents"
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("rank", "sample"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("tokens", "document", "its tokens"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("from", overflow="fold", min_width=24, ratio=1)
+    table.add_column("licence", overflow="ellipsis", no_wrap=True, max_width=10)
     shown: int | None = None
     for row in rows:
         origin = row["origin"] or {"file": "not recorded", "offset": 0, "licence": None}
-        of_sample = [str(row[key]) for key in ("rank", "sample", "source", "epoch")]
+        place = f" @ {origin['offset']}" if origin["offset"] else ""
+        again = f" (epoch {row['epoch']})" if row["epoch"] else ""
         cells = [
-            *(of_sample if row["sample"] != shown else [""] * len(of_sample)),
+            *([str(row["rank"]), str(row["sample"])] if row["sample"] != shown else [""] * 2),
             "{}-{}".format(*row["tokens"]),
-            f"{row['shard']} / {row['document']}",
+            f"{row['shard'].removeprefix('shard_')}:{row['document']}",
             "{}-{}".format(*row["document_tokens"]),
-            f"{origin['file']} @ {origin['offset']}" if origin["offset"] else origin["file"],
+            f"{row['source']}: {origin['file']}{place}{again}",
             origin["licence"] or "",
         ]
         table.add_row(*map(Text, cells))  # as it stands: a file's name may look like markup
