@@ -32,7 +32,6 @@ ARROWS: dict[str, set[str]] = {
     "report": {"errors", "recipe", "data"},
     "train": TRAINING | {"report"},
     "prove": TRAINING | {"train"},
-    "prove": TRAINING | {"train"},
     "convert": FOUNDATION | {"model", "parallel", "precision", "optim", "checkpoint", "data"},
     "infer": FOUNDATION | {"model", "parallel", "precision", "checkpoint", "convert", "data"},
     "posttrain": TRAINING | {"train"},
