@@ -22,10 +22,6 @@ def nearest_split(layers: int, chunks: int) -> list[int]:
 
 
 DERIVED: dict[str, Callable[[Recipe], Any]] = {
-    "layout.sequence_parallel": lambda recipe: recipe.layout.tensor_model_parallel_size > 1,
-    "layout.distributed_optimizer": lambda recipe: (
-        recipe.layout.data_parallel_size * recipe.layout.context_parallel_size > 1
-    ),
     "layout.pipeline_layer_counts": equal_split,
     "run.folder": lambda recipe: f"runs/{recipe.name}",
 }
@@ -78,21 +74,6 @@ MOOT: tuple[Moot, ...] = (
             "model.num_hidden_layers",
         ),
         lambda recipe: not layer_counts_fit(recipe),
-    ),
-    Moot(
-        "layout.sequence_parallel",
-        ("layout.tensor_model_parallel_size",),
-        lambda recipe: recipe.layout.tensor_model_parallel_size == 1 and recipe.layout.sequence_parallel is True,
-        "sequence parallelism splits over tensor-parallel ranks and there is one",
-    ),
-    Moot(
-        "layout.distributed_optimizer",
-        ("layout.data_parallel_size", "layout.context_parallel_size"),
-        lambda recipe: (
-            recipe.layout.data_parallel_size * recipe.layout.context_parallel_size == 1
-            and recipe.layout.distributed_optimizer is True
-        ),
-        "ZeRO-1 shards over DP x CP replicas and there is one",
     ),
     Moot(
         "schedule.decay_shape",

@@ -61,7 +61,11 @@ class ModelSection(Section):
 
 
 class LayoutSection(Section):
-    """How the model and the batch are spread over processes."""
+    """How the model and the batch are spread over processes.
+
+    Two things have no key because only one choice is right: sequence parallelism is on when TP > 1 (Megatron-core's MoE
+    layers refuse to train without), and optimizer state is sharded over DP x CP (ZeRO-1), so that checkpoints have one form.
+    """
 
     tensor_model_parallel_size: PositiveInt = Field(1, description="TP: each matrix is split over so many ranks.")
     pipeline_model_parallel_size: PositiveInt = Field(1, description="PP: stages of layers.")
@@ -75,12 +79,6 @@ class LayoutSection(Section):
     expert_model_parallel_size: PositiveInt = Field(1, description="EP: routed experts are spread over so many ranks.")
     expert_tensor_parallel_size: PositiveInt = Field(1, description="ETP: each expert's matrices are split so often.")
     data_parallel_size: PositiveInt = Field(1, description="DP: replicas; world size is TP x CP x PP x DP.")
-    sequence_parallel: bool | None = Field(
-        None, description="Split norms and residuals over TP ranks along the sequence; derived: true when TP > 1."
-    )
-    distributed_optimizer: bool | None = Field(
-        None, description="ZeRO-1, optimizer state sharded over DP; derived: true when DP x CP > 1."
-    )
 
     @property
     def model_parallel_size(self) -> int:
@@ -181,6 +179,9 @@ class RunSection(Section):
     """Where a run lives."""
 
     folder: str | None = Field(None, description="The run's folder; derived: runs/<name>.")
+    expert_load_interval: PositiveInt = Field(
+        1, description="Steps between rows of metrics.jsonl that have every expert's load (90 kB a row for 39 x 256)."
+    )
     tensorboard: bool = Field(True, description="Write TensorBoard events beside metrics.jsonl.")
 
 

@@ -13,6 +13,9 @@ from .fields import value_at
 from .schema import Recipe, SourceEntry
 
 
+ALIGNED = 8  # values: 16 bytes in bf16, which grouped matrix products want of every row
+
+
 @dataclass(frozen=True)
 class Rule:
     """A relation between keys; it is not asked when one of its keys has no valid value."""
@@ -78,7 +81,7 @@ def _expert_tensor_parallel(recipe: Recipe) -> str | None:
     ranks = max(1, layout.world_size // (layout.expert_model_parallel_size * layout.pipeline_model_parallel_size))
     return (
         f"layout.expert_tensor_parallel_size = {degree}: must divide model.moe_intermediate_size = {width}; "
-        f"set layout.expert_tensor_parallel_size = {nearest_divisor(degree, math.gcd(width, ranks))}"
+        f"set layout.expert_tensor_parallel_size = {nearest_divisor(degree, math.gcd(max(width // ALIGNED, 1), ranks))}"
     )
 
 
@@ -124,12 +127,22 @@ def _some_experts(recipe: Recipe) -> str | None:
     )
 
 
-def _sequence_parallel(recipe: Recipe) -> str | None:
-    if recipe.layout.tensor_model_parallel_size == 1 or recipe.layout.sequence_parallel:
+def _aligned_rows(recipe: Recipe) -> str | None:
+    degree = recipe.layout.expert_tensor_parallel_size
+    rows = {
+        "model.hidden_size": (recipe.model.hidden_size, ALIGNED),
+        "model.moe_intermediate_size": (recipe.model.moe_intermediate_size, ALIGNED * degree),
+    }
+    # A width that the degree doesn't divide has a rule of its own.
+    wrong = {
+        key: (value, step) for key, (value, step) in rows.items() if value % step and not value % (step // ALIGNED)
+    }
+    if not wrong:
         return None
+    key, (value, step) = next(iter(wrong.items()))
     return (
-        "layout.sequence_parallel = false: MoE layers with layout.tensor_model_parallel_size = "
-        f"{recipe.layout.tensor_model_parallel_size} train only with sequence parallelism; leave it out or set true"
+        f"{key} = {value}: must be a multiple of {step}, since the experts' grouped matrix products want rows of whole "
+        f"16 bytes on each rank; set {key} = {nearest_multiple(value, step)}"
     )
 
 
@@ -285,7 +298,7 @@ RULES: tuple[Rule, ...] = (
     at_most("data.sequence_length", "model.max_position_embeddings"),
     Rule(("model.qk_rope_head_dim",), _rope),
     Rule(("model.first_k_dense_replace", "model.num_hidden_layers"), _some_experts),
-    Rule(("layout.sequence_parallel", "layout.tensor_model_parallel_size"), _sequence_parallel),
+    Rule(("layout.expert_tensor_parallel_size", "model.hidden_size", "model.moe_intermediate_size"), _aligned_rows),
     Rule(("layout", "model.num_hidden_layers"), _pipeline_cuts),
     Rule(("layout.context_parallel_size", "data.sequence_length"), _context),
     Rule(("layout", "data.sequence_length", "train.micro_batch_size", "model.num_attention_heads"), _sequence_shards),

@@ -139,7 +139,7 @@ def test_an_unknown_key_names_the_nearest_known_one(override: str, nearest: str)
         ("precision.params_dtype=bf61", 'precision.params_dtype = "bf61": expects "fp32" or "bf16"; set "bf16"'),
         ("model.num_nextn_predict_layers=2", "model.num_nextn_predict_layers = 2: expects 0 or 1; set 0"),
         ("schedule.peak_lr=inf", "schedule.peak_lr = inf: expects float > 0; set 0.00042"),
-        ("layout.sequence_parallel=1", "layout.sequence_parallel = 1: expects true or false; set true"),
+        ("run.tensorboard=1", "run.tensorboard = 1: expects true or false; set true"),
         ("seed=-1", "seed = -1: expects int >= 0 and < 9223372036854775808; set 1234"),
         ("data.train=3", "data.train = 3: expects list of table; set []"),
     ],

@@ -17,11 +17,8 @@ THREE = ("layout.data_parallel_size=3", "layout.expert_model_parallel_size=3")
 CASES = [
     (["layout.tensor_model_parallel_size=3"], "must divide model.num_attention_heads = 4", "set layout.tensor"),
     (["layout.tensor_model_parallel_size=2", "model.vocab_size=8191"], "must divide model.vocab_size = 8191", "= 8192"),
-    (
-        ["layout.tensor_model_parallel_size=2", "layout.sequence_parallel=false"],
-        "layout.sequence_parallel = false: MoE layers",
-        "set true",
-    ),
+    (["model.hidden_size=132"], "model.hidden_size = 132: must be a multiple of 8", "set model.hidden_size = 136"),
+    (["model.moe_intermediate_size=99"], "must be a multiple of 8", "set model.moe_intermediate_size = 96"),
     (
         ["layout.tensor_model_parallel_size=2", "data.sequence_length=255", "train.micro_batch_size=1"],
         "data.sequence_length = 255",
@@ -93,8 +90,6 @@ def test_doing_what_the_line_says_mends_the_recipe(overrides: list[str]) -> None
 
 MOOT = [
     (["model.num_nextn_predict_layers=0", "model.mtp_loss_factor=0.1"], "model.mtp_loss_factor = 0.1"),
-    (["layout.sequence_parallel=true"], "layout.sequence_parallel = true"),
-    (["layout.distributed_optimizer=true"], "layout.distributed_optimizer = true"),
     (["layout.virtual_pipeline_model_parallel_size=2"], "layout.virtual_pipeline_model_parallel_size = 2"),
     (["schedule.decay_steps=0", "schedule.decay_shape=linear"], 'schedule.decay_shape = "linear"'),
     (["schedule.decay_steps=0", "schedule.final_lr=1e-4"], "schedule.final_lr = 0.0001"),
@@ -127,10 +122,9 @@ def test_another_pipeline_takes_back_inherited_layer_counts() -> None:
 
 def test_what_follows_from_the_layout_is_derived() -> None:
     alone = load_recipe(BASE, PLAIN).layout
-    assert (alone.sequence_parallel, alone.distributed_optimizer, alone.world_size) == (False, False, 1)
+    assert (alone.pipeline_layer_counts, alone.world_size) == ([4], 1)
     wide = load_recipe(BASE, ["layout.tensor_model_parallel_size=2", "layout.pipeline_model_parallel_size=2"]).layout
-    assert (wide.sequence_parallel, wide.distributed_optimizer, wide.world_size) == (True, True, 8)
-    assert (wide.pipeline_layer_counts, wide.expert_data_parallel_size) == ([2, 2], 2)
+    assert (wide.pipeline_layer_counts, wide.world_size, wide.expert_data_parallel_size) == ([2, 2], 8, 2)
 
 
 def test_nearest_numbers_agree_with_a_search() -> None:
