@@ -64,7 +64,8 @@ class LayoutSection(Section):
     """How the model and the batch are spread over processes.
 
     Two things have no key because only one choice is right: sequence parallelism is on when TP > 1 (Megatron-core's MoE
-    layers refuse to train without), and optimizer state is sharded over DP x CP (ZeRO-1), so that checkpoints have one form.
+    layers refuse to train without), and optimizer state is sharded over DP x CP (ZeRO-1), so that all checkpoints have
+    one form.
     """
 
     tensor_model_parallel_size: PositiveInt = Field(1, description="TP: each matrix is split over so many ranks.")

@@ -12,7 +12,6 @@ from .dump import format_value
 from .fields import value_at
 from .schema import Recipe, SourceEntry
 
-
 ALIGNED = 8  # values: 16 bytes in bf16, which grouped matrix products want of every row
 
 

@@ -27,7 +27,7 @@ CASES = [
     (
         ["train.global_batch_size=64", "train.micro_batch_size=1", *MANY, "layout.expert_tensor_parallel_size=64"],
         "must divide model.moe_intermediate_size = 96",
-        "size = 32",
+        "size = 4",
     ),
     (["train.global_batch_size=24", "train.validation_samples=24", *THREE], "model.n_routed_experts = 8", "size = 1"),
     (["layout.expert_model_parallel_size=4"], "TP x CP x PP x DP = 1 x 1 x 1 x 1 = 1", "size = 1"),
