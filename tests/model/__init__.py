@@ -1,0 +1,1 @@
+"""The architecture against plain restatements of its definition."""
