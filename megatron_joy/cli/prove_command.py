@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from megatron_joy.prove.proof import STEPS_BEFORE, TOLERANCES, OnStep, Proof, prove
+from megatron_joy.prove.numbers import Routing
+from megatron_joy.prove.proof import STEPS_BEFORE, TIE, TOLERANCES, OnStep, Proof, prove
 from megatron_joy.prove.shrink import WIDTH, Change
 from megatron_joy.recipe import load_recipe
 
@@ -82,6 +83,11 @@ def _layout_line(proof: Proof) -> str:
     return f"{' x '.join(degrees) or 'one process'}, {layout.world_size} processes"
 
 
+def _routing_line(routing: Routing) -> str:
+    share = f"{routing.overruled} of {routing.decisions}"
+    return f"routing: in {share} choices of experts rounding decided, and the choice of one process was taken"
+
+
 def _changes_line(title: str, changes: list[Change]) -> str:
     return f"{title}: " + ", ".join(f"{change.key} {_value(change.was)} -> {_value(change.now)}" for change in changes)
 
@@ -101,7 +107,8 @@ def _show(name: str, proof: Proof) -> None:
     console.print(_steps_table(proof))
     console.print(_verdict_table(proof))
     console.print(f"worst parameter: {proof.worst.key}, {proof.worst.absolute:.1e} absolute", soft_wrap=True)
-    seconds = f"{proof.reference_seconds:.1f} s in one process, {proof.layout_seconds:.1f} s in the layout"
+    console.print(_routing_line(proof.routing), soft_wrap=True)
+    seconds = f"{proof.seconds[0]:.1f} s in one process, {proof.seconds[1]:.1f} s in the layout"
     verdict = "[green]the layout follows[/green]" if proof.holds else "[red]the layout does not follow[/red]"
     console.print(f"{verdict} one process over {len(proof.layout)} steps ({seconds})", soft_wrap=True)
 
@@ -125,8 +132,13 @@ def _verdict_table(proof: Proof) -> Table:
     for title in ("quantity", "largest relative difference", "tolerance", ""):
         table.add_column(title, justify="left" if title in ("quantity", "") else "right")
     for name, difference in proof.differences.items():
-        within = difference <= TOLERANCES[name]
-        table.add_row(NAMES[name], f"{difference:.1e}", f"{TOLERANCES[name]:.0e}", "ok" if within else "[red]no[/red]")
-    equal = "equal" if proof.rerouted == 0 else f"{proof.rerouted} tokens elsewhere"
-    table.add_row("expert loads", equal, "", "")
+        tolerance = TOLERANCES[name]
+        table.add_row(NAMES[name], f"{difference:.1e}", f"{tolerance:.0e}", _ok(difference <= tolerance))
+    routing = proof.routing
+    table.add_row("routing ties", f"{routing.widest:.1e}", f"{TIE:.0e}", _ok(routing.widest <= TIE))
+    table.add_row("expert loads", "equal" if proof.equal_loads else "differ", "equal", _ok(proof.equal_loads))
     return table
+
+
+def _ok(holds: bool) -> str:
+    return "ok" if holds else "[red]no[/red]"

@@ -1,6 +1,7 @@
 """What ranks of a proof report. Light, so that the parent of the ranks needs no torch."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,31 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """A rank's routing decisions (a token in a layer), how many the reference's choice overruled, and by how much.
+
+    `widest` is the largest difference of scores (between 0 and 1, with the bias) that the overruled ones had.
+    """
+
+    decisions: int
+    overruled: int
+    widest: float
+
+
+@dataclass(frozen=True)
 class Run:
-    """What a rank has to tell: steps (rank 0 only), its worst parameter against the reference, seconds of the steps."""
+    """What a rank has to tell: steps (rank 0 only), seconds of the steps and, in a layout, how it differs."""
 
     steps: list[Step]
-    worst: ParameterDifference | None
     seconds: float
+    worst: ParameterDifference | None = None
+    routing: Routing | None = None
+
+
+@dataclass(frozen=True)
+class Papers:
+    """Where the reference leaves what the layout needs."""
+
+    checkpoints: Path
+    weights: Path
+    routing: Path

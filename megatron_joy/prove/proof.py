@@ -12,7 +12,7 @@ import psutil
 
 from megatron_joy.errors import UserError, WorkError
 from megatron_joy.platform.world import WorldFailed, run_world
-from megatron_joy.prove.numbers import ParameterDifference, Step
+from megatron_joy.prove.numbers import Papers, ParameterDifference, Routing, Step
 from megatron_joy.prove.shrink import Shrunk, one_process, shrink
 from megatron_joy.recipe.schema import Recipe
 
@@ -25,6 +25,7 @@ PATIENCE = 600.0  # seconds without a step that mean a hang
 
 # Relative differences from one process that a layout may have in fp32.
 TOLERANCES = {"loss": 1e-5, "mtp_loss": 1e-5, "grad_norm": 1e-4, "parameters": 1e-5}
+TIE = 1e-5  # difference of router scores, which are between 0 and 1, that rounding may decide
 
 OnStep = Callable[[str, int], None]  # is told the run ("reference" or "layout") and the number of the step just done
 
@@ -36,14 +37,14 @@ def most_processes() -> int:
 
 @dataclass(frozen=True)
 class Proof:
-    """Both runs step by step and the worst parameter over all ranks."""
+    """Both runs step by step, the worst parameter and the routing over all ranks."""
 
     shrunk: Shrunk
     reference: Sequence[Step]
     layout: Sequence[Step]
     worst: ParameterDifference
-    reference_seconds: float
-    layout_seconds: float
+    routing: Routing
+    seconds: tuple[float, float]  # of the compared steps: in one process, in the layout
 
     @property
     def differences(self) -> dict[str, float]:
@@ -56,22 +57,15 @@ class Proof:
         return found | {"parameters": self.worst.relative}
 
     @property
-    def rerouted(self) -> int:
-        """Tokens that went to another expert than in the reference, over all layers and steps."""
-        return (
-            sum(
-                abs(a - b)
-                for one, other in zip(self.reference, self.layout, strict=True)
-                for row, other_row in zip(one.expert_tokens, other.expert_tokens, strict=True)
-                for a, b in zip(row, other_row, strict=True)
-            )
-            // 2
-        )
+    def equal_loads(self) -> bool:
+        """Whether every expert got as many tokens as in the reference, in each layer and step."""
+        return all(a.expert_tokens == b.expert_tokens for a, b in zip(self.reference, self.layout, strict=True))
 
     @property
     def holds(self) -> bool:
-        """Whether every difference is within its tolerance."""
-        return all(difference <= TOLERANCES[name] for name, difference in self.differences.items())
+        """Whether every difference is within its tolerance and experts get the same tokens."""
+        within = all(difference <= TOLERANCES[name] for name, difference in self.differences.items())
+        return within and self.equal_loads and self.routing.widest <= TIE
 
     @staticmethod
     def _column(steps: Sequence[Step], name: str) -> list[float]:
@@ -88,14 +82,14 @@ class Proof:
             "differences": self.differences,
             "tolerances": TOLERANCES,
             "worst_parameter": dataclasses.asdict(self.worst),
-            "rerouted_tokens": self.rerouted,
+            "equal_expert_loads": self.equal_loads,
+            "routing": dataclasses.asdict(self.routing) | {"tie": TIE},
             "layout": self.shrunk.recipe.layout.model_dump(),
             "processes": self.shrunk.recipe.layout.world_size,
             "changes": [dataclasses.asdict(change) for change in self.shrunk.changes],
             "reference_steps": numbers(self.reference),
             "layout_steps": numbers(self.layout),
-            "reference_seconds": self.reference_seconds,
-            "layout_seconds": self.layout_seconds,
+            "seconds": self.seconds,
         }
 
 
@@ -128,18 +122,20 @@ def hold_against_one_process(small: Shrunk, folder: Path | None = None, on_step:
     """As `prove`, of a recipe that is small already."""
     with ExitStack() as stack:
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="joy-prove-")))
-        checkpoints, weights = place / "checkpoints", place / "weights.safetensors"
+        papers = Papers(place / "checkpoints", place / "weights.safetensors", place / "routing.safetensors")
         alone, size = one_process(small.recipe), small.recipe.layout.world_size
-        (reference,) = _world("reference", place, on_step, LEAD, 1, alone, checkpoints, STEPS_BEFORE, weights)
-        checkpoint = checkpoints / f"step_{STEPS_BEFORE:08d}"
-        ranks = _world("layout", place, on_step, FOLLOW, size, small.recipe, checkpoint, weights)
+        (reference,) = _world("reference", place, on_step, LEAD, 1, alone, papers, STEPS_BEFORE)
+        ranks = _world("layout", place, on_step, FOLLOW, size, small.recipe, papers, STEPS_BEFORE)
+    routing = [rank.routing for rank in ranks]
     return Proof(
         shrunk=small,
         reference=reference.steps,
         layout=ranks[0].steps,
         worst=max((rank.worst for rank in ranks), key=lambda worst: worst.relative),
-        reference_seconds=reference.seconds,
-        layout_seconds=ranks[0].seconds,
+        routing=Routing(
+            sum(r.decisions for r in routing), sum(r.overruled for r in routing), max(r.widest for r in routing)
+        ),
+        seconds=(reference.seconds, ranks[0].seconds),
     )
 
 
