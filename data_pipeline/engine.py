@@ -19,8 +19,9 @@ import orjson
 
 from data_pipeline.config import Pipeline, pipeline_sha256
 from data_pipeline.inventory import MEGABYTE, InputFile, Piece, take_inventory
-from data_pipeline.spool import Buckets, divide
+from data_pipeline.spool import SPLITS, Buckets, divide
 from megatron_joy.data.atomic import PARTIAL_MARK, write_atomically
+from megatron_joy.data.manifest import MANIFEST_NAME
 from megatron_joy.errors import UserError, WorkError
 
 WORK = "work"
@@ -93,12 +94,14 @@ class Stage:
     """One step of a pipeline.
 
     name: in paths and on the command line; purpose: one line for people; version: raised when the bytes that the stage
-    writes change; settings: what of the pipeline they depend on; shards: how many tasks; run: the task.
+    writes change; needs: stages whose files it reads; settings: what of the pipeline its bytes depend on; shards: how
+    many tasks; run: the task.
     """
 
     name: str
     purpose: str
     version: int
+    needs: tuple[str, ...]
     settings: Callable[[Job], Any]
     shards: Callable[[Job], int]
     run: Callable[[Job, int], TaskResult]
@@ -117,21 +120,26 @@ def plan_path(pipeline: Pipeline) -> Path:
     return pipeline.folder / WORK / PLAN
 
 
-def save_plan(pipeline: Pipeline, plan: Plan) -> None:
-    """Write the plan. Raises UserError when the output folder belongs to something else."""
+def check_owner(pipeline: Pipeline) -> None:
+    """Raises UserError when the output folder belongs to something else."""
     path = plan_path(pipeline)
     if path.is_file():
         owner = orjson.loads(path.read_bytes()).get("pipeline")
-        if owner != plan.pipeline:
+        if owner != pipeline.name:
             raise UserError(
                 f"output.folder = {pipeline.output.folder}: holds the output of pipeline {owner!r}, not of "
-                f"{plan.pipeline!r}; give another folder"
+                f"{pipeline.name!r}; give another folder"
             )
-    elif any((pipeline.folder / split / "manifest.json").exists() for split in ("train", "validation")):
+    elif any((pipeline.folder / split / MANIFEST_NAME).exists() for split in SPLITS):
         raise UserError(
             f"output.folder = {pipeline.output.folder}: holds shards of unknown origin; give another folder"
         )
-    write_atomically(path, orjson.dumps(asdict(plan)))
+
+
+def save_plan(pipeline: Pipeline, plan: Plan) -> None:
+    """Write the plan into an output folder that is the pipeline's own. Raises UserError when it is not."""
+    check_owner(pipeline)
+    write_atomically(plan_path(pipeline), orjson.dumps(asdict(plan)))
 
 
 def load_plan(pipeline: Pipeline) -> Plan:
@@ -187,13 +195,17 @@ class Engine:
         return [shard for shard in range(count) if self.record(stage, shard) is None]
 
     def unfinished(self) -> list[tuple[str, list[int]]]:
-        """Stages with what is left to do in them, in order; nothing before a stage that is whole is needed any more."""
+        """What is left to do, in order: the last stage, and whatever an unfinished stage needs.
+
+        Files that nobody needs any more may be gone.
+        """
         left: list[tuple[str, list[int]]] = []
-        for stage in reversed(self.stages):
-            shards = self.pending(stage)
-            if not shards:
-                break
-            left.append((stage, shards))
+        wanted = {list(self.stages)[-1]}
+        for name, stage in reversed(self.stages.items()):
+            shards = self.pending(name) if name in wanted else []
+            if shards:
+                left.append((name, shards))
+                wanted.update(stage.needs)
         return left[::-1]
 
     def run_task(self, stage: str, shard: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.engine import WORK, Job, TaskResult, statistics_of
+from data_pipeline.engine import WORK, Job, OutputFile, TaskResult, statistics_of
 from data_pipeline.spool import SPLITS
 from data_pipeline.tokenizer import COPIED_FILES
 from megatron_joy import __version__
@@ -133,6 +133,16 @@ def _gather_quarantine(job: Job) -> Path:
     return path
 
 
+def _shard_files(task: dict[str, Any]) -> list[OutputFile]:
+    """The published files of a shard: a run is only whole while they are there."""
+    entry = ShardEntry(**task["shard"])
+    prefix = f"{task['split']}/{entry.name}"
+    return [
+        OutputFile(f"{prefix}.bin", entry.bin_bytes, entry.bin_sha256),
+        OutputFile(f"{prefix}.idx", entry.idx_bytes, entry.idx_sha256),
+    ]
+
+
 def finish_task(job: Job, shard: int) -> TaskResult:
     """Close the accounts and publish one shard set for each split that has documents."""
     reads = statistics_of(job, "read", len(job.plan.tasks))
@@ -142,9 +152,10 @@ def finish_task(job: Job, shard: int) -> TaskResult:
     for split in SPLITS:
         if any(task["split"] == split for task in writes):
             files += _publish(job, _manifest(job, split, writes, records, dropped))
+    shards = [file for task in writes if task["shard"] for file in _shard_files(task)]
     notes = sorted({task["note"] for task in writes if task.get("note")})
     checked = sum(task.get("checked", 0) for task in writes)
-    return TaskResult([job.describe(path) for path in files], {"notes": notes, "checked": checked})
+    return TaskResult([*map(job.describe, files), *shards], {"notes": notes, "checked": checked})
 
 
 def unpublish(job: Job) -> None:

@@ -22,10 +22,13 @@ class Worker:
 
     def __init__(self, command: Sequence[str]) -> None:
         self._command = command
+        self._closed = False
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, stage: str, shard: int) -> Answer | None:
-        """Have a task done; None when the process died of it."""
+        """Have a task done; None when the process died of it, or was killed by `stop`."""
+        if self._closed:
+            return None
         process = self._process = self._process or subprocess.Popen(
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -45,7 +48,8 @@ class Worker:
         return answer
 
     def stop(self, kill: bool = False) -> int:
-        """End the process: after its present task, or at once. Returns its exit code, 0 when there was none."""
+        """End the process: after its present task, or at once and for good. Returns its exit code, 0 without one."""
+        self._closed = self._closed or kill
         process, self._process = self._process, None
         if process is None:
             return 0
@@ -92,14 +96,16 @@ class LocalPool:
             thread.start()
         failed: Answer | None = None
         finished = 0
-        while finished < len(shards) and failed is None:
-            answer = answers.get()
-            finished += 1
-            if answer["kind"] == "done":
-                on_done(answer)
-            else:
-                failed = answer
-        stop.set()
+        try:
+            while finished < len(shards) and failed is None:
+                answer = answers.get()
+                finished += 1
+                if answer["kind"] == "done":
+                    on_done(answer)
+                else:
+                    failed = answer
+        finally:
+            stop.set()
         for thread in threads:
             thread.join()
         if failed is not None:
@@ -124,16 +130,18 @@ def _drive(
             shard = waiting.get_nowait()
         except queue.Empty:
             return
-        answers.put(_ask_patiently(worker, stage, shard))
+        answers.put(_ask_patiently(worker, stage, shard, stop))
 
 
-def _ask_patiently(worker: Worker, stage: str, shard: int) -> Answer:
-    code = 0
-    for _ in range(ATTEMPTS):
+def _ask_patiently(worker: Worker, stage: str, shard: int, stop: threading.Event) -> Answer:
+    """The answer for one task; a worker that dies of it is replaced a few times."""
+    code = attempts = 0
+    while attempts < ATTEMPTS and not stop.is_set():
+        attempts += 1
         answer = worker.ask(stage, shard)
         if answer is not None:
             return answer
         code = worker.stop()
     cause = f"killed by signal {-code}, out of memory?" if code < 0 else f"exit code {code}, its error is above"
-    message = f"stage {stage} shard {shard}: its worker died {ATTEMPTS} times ({cause}); mend the cause and run again"
+    message = f"stage {stage} shard {shard}: its worker died {attempts} times ({cause}); mend the cause and run again"
     return {"kind": "work", "message": message}

@@ -9,11 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import Pipeline, load_pipeline
-from data_pipeline.engine import WORK, Engine, Job, make_plan, remove_partial_files, save_plan, statistics_of
+from data_pipeline.engine import (
+    WORK,
+    Engine,
+    Job,
+    check_owner,
+    make_plan,
+    remove_partial_files,
+    save_plan,
+    statistics_of,
+)
 from data_pipeline.finish import tidy, unpublish
 from data_pipeline.local import LocalPool
 from data_pipeline.stages import STAGES
-from megatron_joy.errors import UserError
+from megatron_joy.errors import UserError, WorkError
 
 EXECUTORS = ("local",)
 LATER_EXECUTORS = ("slurm", "mpi", "ray")
@@ -51,8 +60,14 @@ def check_executor(executor: str) -> None:
 def sole_run(folder: Path) -> Iterator[None]:
     """Hold the output folder's lock; it goes with the process. Raises UserError when another run holds it."""
     lock = folder / WORK / "lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "w") as stream:
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(lock, "w")  # noqa: SIM115 (closed by the with below)
+    except OSError as error:
+        raise UserError(
+            f"output.folder = {folder}: cannot be written ({error.strerror}); give another folder"
+        ) from None
+    with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -76,20 +91,29 @@ def run_pipeline(
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: expects 1 or more")
     pipeline = load_pipeline(name_or_path, overrides)
-    plan = make_plan(pipeline)
+    check_owner(pipeline)
+    job = Job(pipeline, make_plan(pipeline))
+    pool = LocalPool(name_or_path, overrides, workers or available_cpus())
     with sole_run(pipeline.folder):
-        save_plan(pipeline, plan)
-        job = Job(pipeline, plan)
-        engine = Engine(job, STAGES)
-        left = engine.unfinished()
-        if left:
-            unpublish(job)
-            remove_partial_files(pipeline.folder)
-        done = _run_stages(engine, left, LocalPool(name_or_path, overrides, workers or available_cpus()), on_progress)
-        tidy(job)
+        try:
+            return _finish_job(job, pool, on_progress)
+        except OSError as error:
+            raise WorkError(f"{error.filename or pipeline.folder}: {error.strerror}; mend it and run again") from None
+
+
+def _finish_job(job: Job, pool: LocalPool, on_progress: Progress) -> Outcome:
+    """Do what is left of a planned job."""
+    save_plan(job.pipeline, job.plan)
+    engine = Engine(job, STAGES)
+    left = engine.unfinished()
+    if left:
+        unpublish(job)
+        remove_partial_files(job.folder)
+    done = _run_stages(engine, left, pool, on_progress)
+    tidy(job)
     total = sum(stage.shards(job) for stage in STAGES)
     finish: dict[str, Any] = statistics_of(job, "finish", 1)[0]
-    return Outcome(pipeline, done, total - done, finish["notes"], finish["checked"])
+    return Outcome(job.pipeline, done, total - done, finish["notes"], finish["checked"])
 
 
 def _run_stages(engine: Engine, left: list[tuple[str, list[int]]], pool: LocalPool, on_progress: Progress) -> int:

@@ -21,6 +21,7 @@ from data_pipeline.tokenizer import (
     TOKENIZER_FILE,
     copy_tokenizer,
     identify,
+    load_tokenizer,
     package_folder,
     save_tokenizer,
     train_tokenizer,
@@ -110,6 +111,7 @@ def tokenizer_task(job: Job, shard: int) -> TaskResult:
     given = _given_tokenizer(job)
     if given is not None:
         identify(given, section.eod_token)
+        load_tokenizer(given)
         files = copy_tokenizer(given, folder, section.eod_token)
     else:
         assert section.vocab_size is not None, "the schema asks for one of folder, package and vocab_size"
@@ -132,15 +134,24 @@ def _read_settings(job: Job) -> Any:
 
 
 STAGES = [
-    Stage("read", "reading inputs", 1, _read_settings, lambda job: len(job.plan.tasks), read_task),
-    Stage("tokenizer", "preparing the tokenizer", 1, _tokenizer_settings, lambda job: 1, tokenizer_task),
+    Stage("read", "reading inputs", 1, (), _read_settings, lambda job: len(job.plan.tasks), read_task),
+    Stage("tokenizer", "preparing the tokenizer", 1, ("read",), _tokenizer_settings, lambda job: 1, tokenizer_task),
     Stage(
         "write",
         "encoding and writing",
         1,
+        ("read", "tokenizer"),
         lambda job: job.pipeline.seed,
         lambda job: job.plan.buckets.total,
         write_task,
     ),
-    Stage("finish", "closing the accounts", 1, lambda job: job.plan.pipeline_sha256, lambda job: 1, finish_task),
+    Stage(
+        "finish",
+        "closing the accounts",
+        1,
+        ("read", "tokenizer", "write"),
+        lambda job: job.plan.pipeline_sha256,
+        lambda job: 1,
+        finish_task,
+    ),
 ]

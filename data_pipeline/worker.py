@@ -8,6 +8,7 @@ after task: it reads "stage shard" lines from its input and answers each with on
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -83,6 +84,8 @@ def run(arguments: Sequence[str]) -> int:
         print(orjson.dumps(counts).decode())
         return 0
     if options.serve:
+        # Ctrl-C goes to the whole terminal: the one who asks decides what becomes of its workers.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         answers = _private_answers()
         serve(open_engine(options.pipeline, options.overrides), sys.stdin, answers)
         return 0

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
@@ -34,7 +34,7 @@ class DocumentOrigin:
 
 def write_origins(path: Path, origins: Iterable[DocumentOrigin]) -> str:
     """Write the file atomically; returns its SHA-256. The same origins give the same bytes."""
-    lines = b"".join(orjson.dumps(asdict(origin)) + b"\n" for origin in origins)
+    lines = b"".join(orjson.dumps(origin) + b"\n" for origin in origins)
     content = zstandard.ZstdCompressor(level=3, write_checksum=True, threads=0).compress(lines)
     write_atomically(path, content)
     return hashlib.sha256(content).hexdigest()

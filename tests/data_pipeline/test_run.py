@@ -17,7 +17,7 @@ import pytest
 from data_pipeline import stages, write
 from data_pipeline.encode import OracleDifference
 from data_pipeline.engine import Engine, statistics_of
-from data_pipeline.finish import close_accounts, unigram_entropy
+from data_pipeline.finish import close_accounts, tidy, unigram_entropy
 from data_pipeline.run import run_pipeline
 from data_pipeline.spool import text_hash
 from megatron_joy.data.manifest import load_manifest
@@ -214,11 +214,26 @@ def test_a_worker_that_is_killed_is_replaced(corpus: Path, undisturbed: Path, tm
     assert digests(tmp_path) == digests(undisturbed)
 
 
+def test_an_interrupted_run_leaves_no_worker_and_no_traceback(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
+    import psutil
+
+    pipeline = write_pipeline(corpus, tmp_path)
+    process = start(pipeline)
+    wait_for_records(tmp_path, 3, process)
+    children = psutil.Process(process.pid).children()
+    assert len(children) == 2
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    psutil.wait_procs(children, timeout=20)
+    assert not any(child.is_running() for child in children)
+    run_pipeline(str(pipeline), workers=2)
+    assert digests(tmp_path) == digests(undisturbed)
+
+
 def test_a_lost_or_damaged_output_is_made_again(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
     pipeline = write_pipeline(corpus, tmp_path, keep_work=True)
     run_inline(pipeline)
     (tmp_path / "train" / "shard_00001.bin").unlink()
-    (tmp_path / "train" / "manifest.json").unlink()
     assert [(stage, len(shards)) for stage, shards in plan_inline(pipeline).unfinished()] == [
         ("write", 1),
         ("finish", 1),
@@ -239,6 +254,18 @@ def test_a_change_redoes_what_it_touches_and_keeps_the_rest(corpus: Path, tmp_pa
     assert left("seed=5") == ["write", "finish"]
     assert left("tokenizer.vocab_size=310") == ["tokenizer", "write", "finish"]
     assert left("max_document_megabytes=1") == ["read", "tokenizer", "write", "finish"]
+
+
+def test_what_was_tidied_away_is_made_again_when_it_is_needed(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
+    pipeline = write_pipeline(corpus, tmp_path)
+    tidy(run_inline(pipeline, "seed=5").job)
+    other = digests(tmp_path)
+    assert not (tmp_path / "work" / "read").exists()
+    tidy(run_inline(pipeline).job)
+    assert digests(tmp_path) == digests(undisturbed) != other
+    (tmp_path / "train" / "shard_00001.bin").unlink()
+    run_inline(pipeline)
+    assert digests(tmp_path) == digests(undisturbed)
 
 
 def test_changed_inputs_start_over_and_shards_of_before_go(tmp_path: Path) -> None:
@@ -337,6 +364,10 @@ def test_the_folder_of_another_pipeline_or_of_unknown_shards_is_left_alone(
     (tmp_path / "train" / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="holds shards of unknown origin"):
         run_pipeline(str(write_pipeline(corpus, tmp_path)))
+    assert [path.name for path in tmp_path.rglob("*")] == ["train", "manifest.json"]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be written \(Not a directory\)"):
+        run_pipeline(str(write_pipeline(corpus, tmp_path / "file" / "out")))
 
 
 def test_two_runs_do_not_write_into_one_folder(corpus: Path, tmp_path: Path) -> None:

