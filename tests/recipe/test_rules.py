@@ -9,8 +9,13 @@ from megatron_joy.recipe import load_recipe
 from megatron_joy.recipe.validate import nearest_divisor, nearest_multiple
 
 BASE = "joyai_tiny"
-# One process without experts parallelism: each case below adds what it is about.
-PLAIN = ("layout.data_parallel_size=1", "layout.expert_model_parallel_size=1")
+# One process without experts parallelism and batches that the shipped recipe may change: a case adds what it is about.
+PLAIN = (
+    "layout.data_parallel_size=1",
+    "layout.expert_model_parallel_size=1",
+    "train.global_batch_size=16",
+    "train.micro_batch_size=8",
+)
 MANY = ("layout.data_parallel_size=64",)
 THREE = ("layout.data_parallel_size=3", "layout.expert_model_parallel_size=3")
 
@@ -25,7 +30,13 @@ CASES = [
         "set data.sequence_length = 256",
     ),
     (
-        ["train.global_batch_size=64", "train.micro_batch_size=1", *MANY, "layout.expert_tensor_parallel_size=64"],
+        [
+            "train.global_batch_size=64",
+            "train.micro_batch_size=1",
+            "train.validation_samples=64",
+            *MANY,
+            "layout.expert_tensor_parallel_size=64",
+        ],
         "must divide model.moe_intermediate_size = 96",
         "size = 4",
     ),
@@ -111,7 +122,7 @@ def test_an_inherited_setting_that_an_override_makes_moot_goes_quietly() -> None
     # joyai_tiny sets final_lr, validation data and its samples; whoever turns the cause off needs no other key.
     recipe = load_recipe(BASE, ["schedule.decay_steps=0", "train.validation_interval=0"])
     assert recipe.data.validation == []
-    assert recipe.train.validation_samples == 64
+    assert recipe.train.validation_samples == 64  # the schema's default
     assert recipe.schedule.final_lr == 1.4e-4
 
 
