@@ -27,10 +27,12 @@ from megatron_joy.data.stream import Sample
 from megatron_joy.model.build import build_model
 from megatron_joy.platform import process as processes
 from megatron_joy.platform.process import Process
+from megatron_joy.platform.stop_request import StopRequest
 from megatron_joy.recipe import Recipe, load_recipe
 from megatron_joy.train.features.guard import Guard
 from megatron_joy.train.features.metrics import Metrics
 from megatron_joy.train.features.signals import StopOnSignal
+from megatron_joy.train.features.stopwatch import Stopwatch
 from megatron_joy.train.forward import MicroBatch, forward_step
 from megatron_joy.train.loop import Loop, train
 from megatron_joy.train.run import Progress, Run
@@ -94,7 +96,8 @@ def in_turns(trainer: Trainer, process: Process, recipe: Recipe, pairs: int, fol
     ours: list[float] = []
     bare: list[float] = []
     run = Run(recipe, process, folder, 0, Progress())
-    features = [Guard(), StopOnSignal(), Metrics(run, OneSource(), None)]  # type: ignore[arg-type]
+    metrics = Metrics(run, OneSource(), None)  # type: ignore[arg-type]
+    features = [Stopwatch(), StopOnSignal(StopRequest()), metrics, Guard()]
     marks: list[float] = []
 
     def turns() -> Iterator[list[Batch]]:

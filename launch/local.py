@@ -6,28 +6,38 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
+from launch.reasons import VARIABLE, Reason, Reasons
 from megatron_joy.data.manifest import load_manifest
-from megatron_joy.errors import UserError
-from megatron_joy.recipe import Recipe
+from megatron_joy.errors import UserError, WorkError
+from megatron_joy.recipe import Recipe, check_run_folder
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_USER_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
-GRACE_SECONDS = 20.0  # between the first failed rank (or a stop) and killing the others
-POLL_SECONDS = 0.1
-_PR_SET_PDEATHSIG = 1
+GRACE_SECONDS = 20.0  # between the first failed rank and killing the others
+POLL_SECONDS = 0.05
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+SIGNAL_HINTS = {
+    signal.SIGKILL: " (by the kernel, if memory ran out)",
+    signal.SIGTERM: " before it could listen to it",
+}
 
 
-def check_data(recipe: Recipe) -> None:
-    """Refuses with UserError a recipe whose manifests can't be read, before any process starts."""
+def check(recipe: Recipe) -> None:
+    """Refuses with UserError, before any process starts: a manifest that can't be read, a folder of another run."""
     if not recipe.data.train:
         raise UserError("data.train: no source is given, expected at least one; add [[data.train]] with a manifest")
     for entry in [*recipe.data.train, *recipe.data.validation]:
         load_manifest(Path(entry.manifest))
+    check_run_folder(recipe)
 
 
 def rank_command(recipe_name: str, overrides: Sequence[str]) -> list[str]:
@@ -35,15 +45,18 @@ def rank_command(recipe_name: str, overrides: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "megatron_joy.cli.main", "pretrain", recipe_name, *overrides]
 
 
-def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+def rank_environment(recipe: Recipe, rank: int, port: int) -> dict[str, str]:
     """What tells a rank its place; the names are torchrun's."""
+    size = recipe.layout.world_size
+    threads = recipe.train.threads or max(1, (os.cpu_count() or 1) // size)
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": str(threads),
     }
 
 
@@ -54,102 +67,158 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _die_with_parent() -> None:
-    """In the child, before exec: a killed launcher must not leave ranks behind."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 @dataclass
 class World:
-    """The ranks' processes. Rank 0 has the terminal; the others write to logs/rank_N.log."""
+    """The ranks' processes.
+
+    Rank 0 has the terminal. What the others print is kept in `output`, files without a name, until they open
+    logs/rank_N.log themselves: a run that is refused must leave nothing behind.
+    """
 
     processes: list[subprocess.Popen[bytes]]
-    logs: list[Path]
-    deadline: float | None = None
-    stopping: bool = False
-    first_failure: int | None = None
-    _before: dict[int, object] = field(default_factory=dict)
+    output: list[IO[bytes] | None]
+    reasons: Reasons
+    logs: Path
+    failure: Reason | None = None
+    asked_to_stop: bool = False
+    cut_short: bool = False
+    _told: list[Reason] = field(default_factory=list)
+    _deadline: float | None = None
 
-    def forward_signals(self) -> None:
+    @contextmanager
+    def forwarding_signals(self) -> Iterator[None]:
         """SIGTERM and Ctrl-C ask every rank to checkpoint and leave; a second one kills them."""
 
         def ask(number: int, frame: FrameType | None) -> None:
-            for process in self.processes:
-                if process.poll() is None:
-                    process.kill() if self.stopping else process.send_signal(signal.SIGTERM)
-            self.stopping = True
+            if self.asked_to_stop:
+                self.cut_short = True
+                self.kill()
+                return
+            self.asked_to_stop = True
+            for process in self._running():
+                process.send_signal(signal.SIGTERM)
+            # Not through sys.stderr: the handler may have interrupted a write to it.
+            os.write(2, b"stopping: the ranks finish their step and checkpoint; the same again kills them\n")
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, ask)
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-    def wait(self) -> int:
-        """Waits for all ranks; after the first failure the others get GRACE_SECONDS. Returns the launcher's exit code."""
-        while any(process.poll() is None for process in self.processes):
-            self._note_failure()
-            if self.deadline is not None and time.monotonic() > self.deadline:
-                for process in self.processes:
-                    if process.poll() is None:
-                        process.kill()
+    def wait(self) -> None:
+        """Until all ranks are gone; after the first failure the others get GRACE_SECONDS."""
+        while self._running():
+            self._look()
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                self.kill()
             time.sleep(POLL_SECONDS)
-        self._note_failure()
-        codes = [process.returncode for process in self.processes]
-        if self.first_failure is not None:
-            return EXIT_USER_MISTAKE if codes[self.first_failure] == EXIT_USER_MISTAKE else EXIT_FAILED
-        return EXIT_STOPPED if EXIT_STOPPED in codes else EXIT_FINISHED
+        self._look()
 
-    def _note_failure(self) -> None:
-        if self.first_failure is None:
-            failed = [
-                rank
-                for rank, process in enumerate(self.processes)
-                if process.poll() not in (None, EXIT_FINISHED, EXIT_STOPPED)
-            ]
-            if failed:
-                self.first_failure = failed[0]
-                self.deadline = time.monotonic() + GRACE_SECONDS
+    def kill(self) -> None:
+        """Ends what still runs with SIGKILL."""
+        for process in self._running():
+            process.kill()
 
-    def failure_summary(self) -> str | None:
-        """The first failing rank, how it ended and the end of what it said; None when nothing failed."""
-        if self.first_failure is None:
-            return None
-        rank, code = self.first_failure, self.processes[self.first_failure].returncode
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
-        tail = self.logs[rank].read_text(errors="replace").splitlines()[-1:] if self.logs[rank].exists() else []
-        said = f": {tail[0]}" if tail else ""
-        return f"rank {rank} {how}{said} (see {self.logs[rank]})"
+    def exit_codes(self) -> list[int | None]:
+        """Of each rank; None while it runs, negative when a signal killed it."""
+        return [process.poll() for process in self.processes]
+
+    def _running(self) -> list[subprocess.Popen[bytes]]:
+        return [process for process in self.processes if process.poll() is None]
+
+    def _look(self) -> None:
+        """Notes the first failure and begins the others' time of grace."""
+        codes = self.exit_codes()
+        self._told += self.reasons.received()
+        if self.failure is None and not self.cut_short:
+            self.failure = self._first_failure(codes)
+        left_early = self.asked_to_stop and -signal.SIGTERM in codes
+        if self._deadline is None and (self.failure is not None or left_early):
+            self._deadline = time.monotonic() + GRACE_SECONDS
+
+    def _first_failure(self, codes: Sequence[int | None]) -> Reason | None:
+        """A rank that a signal killed is the cause of what the others say; else the first that said why it leaves."""
+        in_order = [EXIT_FINISHED, EXIT_STOPPED, None, *([-signal.SIGTERM] if self.asked_to_stop else [])]
+        failed = [(rank, code) for rank, code in enumerate(codes) if code not in in_order and code is not None]
+        for rank, code in failed:
+            if code < 0:
+                hint = SIGNAL_HINTS.get(signal.Signals(-code), "")
+                return Reason(rank, EXIT_FAILED, f"rank {rank} was killed by {signal.Signals(-code).name}{hint}")
+        if self._told:
+            return self._told[0]
+        for rank, code in failed:
+            return Reason(rank, EXIT_FAILED, f"rank {rank} left with exit code {code}{self._last_words(rank)}")
+        return None
+
+    def _last_words(self, rank: int) -> str:
+        lines = self._printed(rank).decode(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f": {last}" if last else ""
+
+    def _printed(self, rank: int) -> bytes:
+        file = self.output[rank]
+        if file is None:
+            return b""
+        file.seek(0)
+        return file.read()
+
+    def keep_output(self) -> None:
+        """Appends what ranks printed before they had a log to logs/rank_N.log."""
+        for rank in range(len(self.processes)):
+            if printed := self._printed(rank):
+                self.logs.mkdir(parents=True, exist_ok=True)
+                with open(self.logs / f"rank_{rank}.log", "ab") as log:
+                    log.write(printed)
 
 
 def start(recipe: Recipe, recipe_name: str, overrides: Sequence[str]) -> World:
     """Starts all ranks of a recipe."""
-    size, port = recipe.layout.world_size, free_port()
-    folder = Path(recipe.run.folder or "") / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    logs = [folder / f"rank_{rank}.log" for rank in range(size)]
-    threads = {} if recipe.train.threads else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size))}
-    processes = []
-    for rank, log in enumerate(logs):
-        with open(log, "ab") as output:
-            processes.append(
-                subprocess.Popen(
-                    rank_command(recipe_name, overrides),
-                    env=os.environ | threads | rank_environment(rank, size, port),
-                    stdout=None if rank == 0 else output,
-                    stderr=None if rank == 0 else output,
-                    stdin=subprocess.DEVNULL,
-                    preexec_fn=_die_with_parent,
-                )
+    port, launcher, reasons = free_port(), os.getpid(), Reasons()
+
+    def in_child() -> None:
+        """Before exec: a killed launcher leaves no rank behind, and Ctrl-C is for the launcher to pass on."""
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:
+            os._exit(EXIT_FAILED)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    processes: list[subprocess.Popen[bytes]] = []
+    output: list[IO[bytes] | None] = []
+    for rank in range(recipe.layout.world_size):
+        output.append(tempfile.TemporaryFile() if rank else None)  # noqa: SIM115 (open as long as the ranks run)
+        processes.append(
+            subprocess.Popen(
+                rank_command(recipe_name, overrides),
+                env=os.environ | rank_environment(recipe, rank, port) | {VARIABLE: str(reasons.descriptor)},
+                stdin=subprocess.DEVNULL,
+                stdout=output[rank],
+                stderr=output[rank],
+                pass_fds=[reasons.descriptor],
+                preexec_fn=in_child,
             )
-    return World(processes, logs)
+        )
+    return World(processes, output, reasons, Path(recipe.run.folder or "") / "logs")
 
 
 def run_local(recipe: Recipe, recipe_name: str, overrides: Sequence[str]) -> int:
-    """Runs a recipe's world to its end on this machine: 0 done, 75 stopped as asked, 2 a user's mistake, 1 failed."""
-    check_data(recipe)
+    """Runs a recipe's world to its end on this machine. Returns 0 when all steps are done, 75 when stopped as asked.
+
+    Raises UserError for a mistake that the ranks found and WorkError when one failed: what the first one said.
+    """
+    check(recipe)
     world = start(recipe, recipe_name, overrides)
-    world.forward_signals()
-    code = world.wait()
-    summary = world.failure_summary()
-    # A user's mistake was already said by rank 0, in one line.
-    if summary is not None and code == EXIT_FAILED:
-        print(f"error: {summary}", file=sys.stderr)
-    return code
+    with world.forwarding_signals():
+        world.wait()
+    world.reasons.close()
+    if world.cut_short:
+        raise WorkError("killed before the ranks could checkpoint; the same command goes on from the last checkpoint")
+    if world.failure is None:
+        return EXIT_FINISHED if set(world.exit_codes()) == {EXIT_FINISHED} else EXIT_STOPPED
+    if world.failure.exit_code == EXIT_USER_MISTAKE:
+        raise UserError(world.failure.message)
+    world.keep_output()
+    log = world.logs / f"rank_{world.failure.rank}.log"
+    said = world.failure.message
+    raise WorkError(said if str(log) in said or not log.exists() else f"{said}; its log is {log}")

@@ -1,14 +1,23 @@
 """`joy pretrain`: the training process of one rank."""
 
 import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megatron_joy.recipe import load_recipe
+from launch.reasons import Reason, tell_launcher
+from megatron_joy.errors import UserError, WorkError
+from megatron_joy.platform.rank import rank_info
+from megatron_joy.platform.stop_request import StopRequest
+from megatron_joy.recipe import Recipe, load_recipe
 
 app = typer.Typer()
 
+EXIT_FAILED, EXIT_USER_MISTAKE = 1, 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped as asked, call again to go on
 
 
@@ -19,11 +28,44 @@ def pretrain_command(
 ) -> None:
     """Train in the world that a launcher (joy launch, torchrun, srun, mpirun) started, or in this one process.
 
-    The same command goes on with a run that was stopped or killed. Exits 0 when all steps are done, 75 when SIGTERM
-    made it checkpoint and leave, 2 on a mistake in recipe or data, 1 when the work failed.
+    The same command goes on with a run that was stopped or killed. Exits 0 when all steps are done, 75 when SIGTERM or
+    Ctrl-C made it checkpoint and leave, 2 on a mistake in recipe or data, 1 when the work failed.
     """
-    resolved = load_recipe(recipe, overrides or [])
-    from megatron_joy.train.pretrain import pretrain
-
-    if not pretrain(resolved):
+    try:
+        done = _pretrain(recipe, overrides or [])
+    except (UserError, WorkError) as error:
+        code = EXIT_USER_MISTAKE if isinstance(error, UserError) else EXIT_FAILED
+        if tell_launcher(Reason(rank_info().rank, code, str(error))):
+            sys.exit(code)  # the launcher says it, once for all ranks
+        raise
+    if not done:
         sys.exit(EXIT_STOPPED)
+
+
+def _pretrain(recipe: str, overrides: Sequence[str]) -> bool:
+    with StopRequest().listening() as stop:
+        resolved = load_recipe(recipe, overrides)
+        try:
+            from megatron_joy.train.pretrain import pretrain
+
+            return pretrain(resolved, stop)
+        except (UserError, WorkError):
+            raise
+        except Exception as error:
+            raise WorkError(_logged(error, resolved)) from error
+
+
+def _logged(error: Exception, recipe: Recipe) -> str:
+    """Puts an unforeseen error's traceback into the rank's log; a line that says what and where."""
+    rank = rank_info().rank
+    log = Path(recipe.run.folder or "") / "logs" / f"rank_{rank}.log"
+    what = f"rank {rank}: " + " ".join(f"{type(error).__name__}: {error}".split())
+    text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank} failed\n{traceback.format_exc()}"
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a") as stream:
+            stream.write(text)
+    except OSError as full:
+        print(text, file=sys.stderr)
+        return f"{what} (its traceback is above: {log} can't be written: {full.strerror})"
+    return f"{what}; the traceback is in {log}"

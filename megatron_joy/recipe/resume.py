@@ -1,11 +1,15 @@
 """What a run may change in mid-course: a table over every key of the schema, enforced on resume."""
 
+from pathlib import Path
 from typing import Any
 
 from megatron_joy.errors import UserError
 
 from .dump import format_value
+from .load import load_recipe
 from .schema import Recipe
+
+RECIPE_FILE = "recipe.toml"  # in a run's folder: the resolved recipe it was started with last
 
 # Key or section -> may it change; the longest match decides. A test asks that every key of the schema is covered.
 MAY_CHANGE: dict[str, bool] = {
@@ -74,4 +78,24 @@ def check_resume(old: Recipe, new: Recipe) -> None:
         raise UserError(
             f"cannot resume {new.run.folder}: the recipe changes {listed}, which a run must keep; "
             "put the old values back or set run.folder to start a new run"
+        )
+
+
+def check_run_folder(recipe: Recipe) -> None:
+    """Refuse a run.folder that another recipe's run or anything else is in. Writes nothing.
+
+    A resolved recipe. Raises UserError as `check_resume`, and for a folder that has things in it but no recipe.
+    """
+    folder = Path(recipe.run.folder or "")
+    saved = folder / RECIPE_FILE
+    if saved.exists():
+        check_resume(load_recipe(str(saved)), recipe)
+        return
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run.folder {folder}: is a file, expected a folder; name a new or empty one")
+    # Logs and hidden files are what a first start that was killed may have left.
+    others = [entry.name for entry in folder.iterdir() if entry.name != "logs"] if folder.exists() else []
+    if any(not name.startswith(".") for name in others):
+        raise UserError(
+            f"run.folder {folder}: the folder has other things in it and no {RECIPE_FILE}; name a new or empty folder"
         )

@@ -25,8 +25,8 @@ class MicroBatch:
 def model_inputs(batch: Batch, process: Process) -> dict[str, Any]:
     """Arguments of HybridModel.forward.
 
-    Without context parallelism rows are packed into one of t = b * s tokens and documents are `PackedSeqParams`; with it
-    this rank gets its two chunks of each row, [b, s / cp], and documents travel as `attention_mask`
+    Without context parallelism rows are packed into one of t = b * s tokens and documents are `PackedSeqParams`; with
+    it this rank gets its two chunks of each row, [b, s / cp], and documents travel as `attention_mask`
     (see `PortableAttention`).
     """
     if process.groups.cp.size() > 1:
@@ -58,7 +58,9 @@ def loss_sums(mask: Tensor, targets: MTPTargets | None, losses: Tensor) -> tuple
     return main, mask.sum().to(torch.int), report
 
 
-def forward_step(process: Process, with_mtp: bool, micro_batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+def forward_step(
+    process: Process, with_mtp: bool, micro_batches: Iterator[MicroBatch], model: Any
+) -> tuple[Tensor, Any]:
     """What Megatron-core's schedules call for each micro-batch on each pipeline chunk."""
     micro = next(micro_batches)
     batch = local_batch(micro.batch, process)

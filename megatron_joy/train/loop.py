@@ -1,6 +1,8 @@
 """The training loop."""
 
+import logging
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,12 +11,14 @@ from megatron_joy.train.moments import Feature
 from megatron_joy.train.run import Run
 from megatron_joy.train.step import Trainer
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Loop:
-    """What the features see: the run, its trainer, and two wishes that any of them may express.
+    """What the features see: the run, its trainer, and a wish that any of them may express.
 
-    A wish must be the same on all ranks (`features.signals` shows how ranks agree).
+    The wish must be the same on all ranks (`features.signals` shows how ranks agree).
     """
 
     run: Run
@@ -24,10 +28,23 @@ class Loop:
     wants_stop: bool = False
     row: dict[str, Any] = field(default_factory=dict)  # what features add to this step's row of metrics
 
+    @property
+    def done(self) -> bool:
+        """Whether all of the recipe's steps are trained."""
+        return self.run.progress.step >= self.run.recipe.train.steps
+
     def tell(self, moment: str, *arguments: Any) -> None:
         """Calls a moment of every feature, in order."""
         for feature in self.features:
             getattr(feature, moment)(self, *arguments)
+
+    def tell_error(self, error: BaseException) -> None:
+        """Every feature hears of the error; one that fails at that must not hide it."""
+        for feature in self.features:
+            try:
+                feature.on_error(self.run, error)
+            except Exception:
+                logger.exception("%s could not take note of the error", type(feature).__name__)
 
 
 def train(loop: Loop, batches: Iterator[Sequence[Batch]]) -> None:
@@ -36,21 +53,20 @@ def train(loop: Loop, batches: Iterator[Sequence[Batch]]) -> None:
     `batches` yields the micro-batches of this rank for each step, from the first one that is not done yet.
     """
     run, trainer = loop.run, loop.trainer
-    try:
-        loop.tell("on_start")
-        for note in loop.notes:
-            loop.tell("on_note", note)
-        while run.progress.step < run.recipe.train.steps and not loop.wants_stop:
-            loop.row = {}
-            loop.tell("before_step")
-            result = trainer.step(run.progress.step + 1, next(batches))
-            run.progress.advance(trainer.samples_per_step, trainer.tokens_per_step)
-            loop.tell("after_step", result)
-        loop.tell("on_finish")
-    except BaseException as error:
+    with ExitStack() as closing:
         for feature in loop.features:
-            feature.on_error(run, error)
-        raise
-    finally:
-        for feature in reversed(loop.features):
-            feature.close()
+            closing.callback(feature.close)
+        try:
+            loop.tell("on_start")
+            for note in loop.notes:
+                loop.tell("on_note", note)
+            while not (loop.done or loop.wants_stop):
+                loop.row = {}
+                loop.tell("before_step")
+                result = trainer.step(run.progress.step + 1, next(batches))
+                run.progress.advance(trainer.samples_per_step, trainer.tokens_per_step)
+                loop.tell("after_step", result)
+            loop.tell("on_finish")
+        except BaseException as error:
+            loop.tell_error(error)
+            raise

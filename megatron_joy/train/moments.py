@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
 
 class Feature:
-    """Does nothing at every moment. All ranks reach the same moments in the same order, except `on_error`."""
+    """Does nothing at every moment. All ranks reach the same moments in the same order, but for two: `on_error`, and
+    `on_note`, which any rank may come to alone. Neither may issue a collective.
+    """
 
     def on_start(self, loop: "Loop") -> None:
         """Once, when weights and progress are in place."""

@@ -1,6 +1,5 @@
 """The training process: what every rank runs, from a recipe to its last step."""
 
-import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,42 +15,42 @@ from megatron_joy.errors import UserError
 from megatron_joy.model.build import build_model
 from megatron_joy.platform import process as processes
 from megatron_joy.platform.process import Process
+from megatron_joy.platform.stop_request import StopRequest
 from megatron_joy.recipe.schema import Recipe
 from megatron_joy.train.features.checkpointing import Checkpointing
 from megatron_joy.train.features.guard import Guard
 from megatron_joy.train.features.metrics import Metrics
 from megatron_joy.train.features.signals import StopOnSignal
+from megatron_joy.train.features.stopwatch import Stopwatch
 from megatron_joy.train.features.validation import Validation
+from megatron_joy.train.logs import logging_to_file
 from megatron_joy.train.loop import Loop, train
 from megatron_joy.train.moments import Feature
-from megatron_joy.train.run import Progress, Run, open_run
+from megatron_joy.train.run import Progress, Run, open_run, recorded
 from megatron_joy.train.step import Trainer
 
-logger = logging.getLogger(__name__)
 
-
-def pretrain(recipe: Recipe) -> bool:
-    """Trains a recipe in the launched world; True when all steps are done, False when a stop was asked for.
+def pretrain(recipe: Recipe, stop: StopRequest | None = None) -> bool:
+    """Trains a recipe in the launched world; True when all steps are done, False when `stop` was asked for.
 
     A run folder with checkpoints is gone on with. Raises UserError for what the user can mend (data, layout, a changed
-    recipe) before anything is trained, WorkError when the work itself fails.
+    recipe) before anything is trained or written, WorkError when the work itself fails.
     """
     torch.set_num_threads(_threads(recipe))
     process = processes.start(recipe.layout, recipe.seed)
-    try:
-        with ExitStack() as opened:
-            train_stream, validation_stream = _open_data(recipe, process, opened)
-            run = open_run(recipe, process)
-            _log_to_file(run)
-            trainer = Trainer(recipe, process, build_model(recipe, process))
-            resumed_from, notes = _resume(run, trainer, train_stream)
-            features = _features(run, train_stream, validation_stream, resumed_from)
-            loop = Loop(run, trainer, features, notes)
-            batches = opened.enter_context(_loader(recipe, process, train_stream, run.progress.step))
-            train(loop, batches)
-            return not loop.wants_stop
-    finally:
-        processes.stop()
+    with ExitStack() as opened:
+        train_stream, validation_stream = _open_data(recipe, process, opened)
+        run = open_run(recipe, process)
+        trainer = Trainer(recipe, process, build_model(recipe, process))
+        resumed_from, notes = _resume(run, trainer, train_stream)
+        opened.enter_context(recorded(run))
+        opened.enter_context(logging_to_file(run))
+        features = _features(run, train_stream, validation_stream, stop or StopRequest(), resumed_from)
+        loop = Loop(run, trainer, features, notes)
+        train(loop, opened.enter_context(_loader(recipe, process, train_stream, run.progress.step)))
+    # Not after an error: ranks that are gone can't take leave.
+    processes.stop()
+    return loop.done
 
 
 def _threads(recipe: Recipe) -> int:
@@ -61,9 +60,7 @@ def _threads(recipe: Recipe) -> int:
     return max(1, (os.cpu_count() or 1) // ranks_here)
 
 
-def _open_data(
-    recipe: Recipe, process: Process, opened: ExitStack
-) -> tuple[SampleStream, SampleStream | None]:
+def _open_data(recipe: Recipe, process: Process, opened: ExitStack) -> tuple[SampleStream, SampleStream | None]:
     """Opens the streams on every rank; rank 0 alone looks at every shard's size, and all hear what it found."""
     if not recipe.data.train:
         raise UserError("data.train: no source is given, expected at least one; add [[data.train]] with a manifest")
@@ -84,14 +81,6 @@ def _open_data(
     return train_stream, validation_stream
 
 
-def _log_to_file(run: Run) -> None:
-    """Warnings and errors of this rank's libraries go to its own log, each line with time, rank and attempt."""
-    rank = run.process.info.rank
-    handler = logging.FileHandler(run.folder / "logs" / f"rank_{rank}.log")
-    handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} attempt {run.attempt} %(levelname)s %(message)s"))
-    logging.getLogger().addHandler(handler)
-
-
 def _resume(run: Run, trainer: Trainer, stream: SampleStream) -> tuple[str | None, Sequence[str]]:
     """Loads the newest whole checkpoint, if there is one: (its name, what is to be said about those passed over)."""
     choice = choose(run.folder / "checkpoints", run.process)
@@ -104,27 +93,26 @@ def _resume(run: Run, trainer: Trainer, stream: SampleStream) -> tuple[str | Non
             f"{checkpoint.path}: was trained on other data (fingerprint {trained_on[:12]}, data.train now has "
             f"{stream.fingerprint()[:12]}); put the old shards back or name a new run.folder"
         )
-    state = load_checkpoint(
-        checkpoint, chunks=trainer.chunks, optimizer=trainer.optimizer, process=run.process
-    )
+    state = load_checkpoint(checkpoint, chunks=trainer.chunks, optimizer=trainer.optimizer, process=run.process)
     run.progress = Progress(**state["progress"])
     return checkpoint.path.name, choice.notes
 
 
 def _loader(recipe: Recipe, process: Process, stream: SampleStream, done: int) -> BatchLoader:
-    shape = BatchShape(
-        recipe.train.global_batch_size, recipe.train.micro_batch_size, recipe.layout.data_parallel_size
-    )
+    shape = BatchShape(recipe.train.global_batch_size, recipe.train.micro_batch_size, recipe.layout.data_parallel_size)
     return BatchLoader(
-        stream, shape, process.groups.dp.rank(), recipe.data.document_mask, first_step=done, last_step=recipe.train.steps
+        stream,
+        shape,
+        process.groups.dp.rank(),
+        recipe.data.document_mask,
+        first_step=done,
+        last_step=recipe.train.steps,
     )
 
 
 def _validation_batches(recipe: Recipe, process: Process, stream: SampleStream) -> list[Batch]:
     """This rank's micro-batches of validation samples 0 .. validation_samples - 1."""
-    shape = BatchShape(
-        recipe.train.validation_samples, recipe.train.micro_batch_size, recipe.layout.data_parallel_size
-    )
+    shape = BatchShape(recipe.train.validation_samples, recipe.train.micro_batch_size, recipe.layout.data_parallel_size)
     return [
         make_batch([stream.sample(k) for k in samples], recipe.data.document_mask, stream.eod_id)
         for samples in micro_batch_indices(0, shape, process.groups.dp.rank())
@@ -132,17 +120,20 @@ def _validation_batches(recipe: Recipe, process: Process, stream: SampleStream) 
 
 
 def _features(
-    run: Run, train_stream: SampleStream, validation_stream: SampleStream | None, resumed_from: str | None
+    run: Run,
+    train_stream: SampleStream,
+    validation_stream: SampleStream | None,
+    stop: StopRequest,
+    resumed_from: str | None,
 ) -> Sequence[Feature]:
-    """In the order in which a step's end needs them: guard before anything is kept, metrics before the checkpoint."""
+    """In the order in which a step's end needs them: what adds to the row, the row, the guard, the checkpoint."""
     recipe = run.recipe
-    features: list[Feature] = [Guard(), StopOnSignal()]
+    features: list[Feature] = [Stopwatch(), StopOnSignal(stop)]
     if validation_stream is not None and recipe.train.validation_interval:
         batches = _validation_batches(recipe, run.process, validation_stream)
         features.append(Validation(batches, recipe.train.validation_interval))
     if run.process.is_first_rank:
         features.append(Metrics(run, train_stream, resumed_from))
-    features.append(
-        Checkpointing(recipe.checkpoint.interval, recipe.checkpoint.keep_last, train_stream.fingerprint())
-    )
+    features.append(Guard())
+    features.append(Checkpointing(recipe.checkpoint.interval, recipe.checkpoint.keep_last, train_stream.fingerprint()))
     return features

@@ -30,7 +30,7 @@ class RouterLoad:
             self._counts = torch.stack([router.local_tokens_per_expert.clone() for _, router in self.routers])
 
     def gather(self) -> Tensor | None:
-        """Shares [moe layers, experts] of the last step in model order, rows summing to 1, on rank 0; None elsewhere."""
+        """Shares [moe layers, experts] of the last step in model order, each row summing to 1; None but on rank 0."""
         if self._counts is not None:
             dist.all_reduce(self._counts, group=self.process.groups.tp_dp_cp)
         mine = [] if self._counts is None else list(zip([n for n, _ in self.routers], self._counts.cpu(), strict=True))

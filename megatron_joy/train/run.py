@@ -1,9 +1,12 @@
 """A run: its folder, its recipe, how often it was started, and what must be known to go on with it."""
 
+import fcntl
 import json
 import os
 import platform as host
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +19,8 @@ from megatron_joy import __version__
 from megatron_joy.data.atomic import write_atomically
 from megatron_joy.errors import UserError
 from megatron_joy.platform.process import Process
-from megatron_joy.recipe import Recipe, check_resume, dump_recipe, load_recipe
+from megatron_joy.recipe import Recipe, check_run_folder, dump_recipe
+from megatron_joy.recipe.resume import RECIPE_FILE
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "tokenizers", "gigatoken", "numpy")
 
@@ -54,7 +58,7 @@ class Run:
 
 def environment() -> dict[str, Any]:
     """Versions and hardware, no variables of the environment: those may hold secrets."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             packages[name] = version(name)
@@ -75,37 +79,70 @@ def environment() -> dict[str, Any]:
 
 
 def open_run(recipe: Recipe, process: Process) -> Run:
-    """Makes or reopens the run's folder: checks the recipe against the one it was started with, counts the attempt.
+    """Looks at the run's folder, writes nothing: is it this recipe's, and how often was it started.
 
-    Only rank 0 touches the folder; what it finds wrong is raised on every rank (UserError), so that none waits.
+    Raises UserError, on every rank so that none waits, for a folder that isn't this run's.
     """
     folder = Path(recipe.run.folder or "")
+
+    def look() -> int:
+        check_run_folder(recipe)
+        return _attempts(folder)
+
+    return Run(recipe, process, folder, _on_first_rank(process, folder, look), Progress())
+
+
+@contextmanager
+def recorded(run: Run) -> Iterator[None]:
+    """Makes the folder and writes what is known at the start; inside the with-block no other process trains the run.
+
+    Raises UserError on every rank when the folder can't be written or is being trained.
+    """
+    with ExitStack() as opened:
+
+        def record() -> None:
+            (run.folder / "logs").mkdir(parents=True, exist_ok=True)
+            opened.enter_context(_alone_in(run.folder))
+            write_atomically(run.folder / RECIPE_FILE, dump_recipe(run.recipe).encode())
+            write_atomically(run.folder / "environment.json", json.dumps(environment(), indent=2).encode())
+
+        _on_first_rank(run.process, run.folder, record)
+        yield
+
+
+def _on_first_rank[T](process: Process, folder: Path, action: Callable[[], T]) -> T:
+    """Does something on rank 0 alone; all ranks get its result, or raise its error as UserError."""
     outcome: list[Any] = [None, None]
     if process.is_first_rank:
         try:
-            outcome[0] = _prepare_folder(recipe, folder)
-        except (UserError, OSError) as error:
-            outcome[1] = str(error) if isinstance(error, UserError) else f"run.folder {folder}: {error.strerror}"
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = str(error)
+        except OSError as error:
+            outcome[1] = f"run.folder {folder}: {error.strerror}{f' ({error.filename})' if error.filename else ''}"
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise UserError(outcome[1])
-    return Run(recipe, process, folder, int(outcome[0]), Progress())
+    return outcome[0]
 
 
-def _prepare_folder(recipe: Recipe, folder: Path) -> int:
-    saved = folder / "recipe.toml"
-    if saved.exists():
-        check_resume(load_recipe(str(saved)), recipe)
-    elif folder.exists() and any(entry.name not in ("logs",) for entry in folder.iterdir()):
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Holds a lock on the folder that ends with this process, however it ends. Where there are no locks, none."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
         raise UserError(
-            f"run.folder {folder}: the folder has other things in it and no recipe.toml; name a new or empty folder"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "logs").mkdir(exist_ok=True)
-    attempt = _attempts(folder)
-    write_atomically(saved, dump_recipe(recipe).encode())
-    write_atomically(folder / "environment.json", json.dumps(environment(), indent=2).encode())
-    return attempt
+            f"run.folder {folder}: another process trains this run now; wait for it, stop it, or name a new folder"
+        ) from None
+    except OSError:
+        pass  # some network file systems
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _attempts(folder: Path) -> int:

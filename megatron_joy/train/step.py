@@ -1,5 +1,6 @@
 """One optimizer step: forward and backward over the step's micro-batches, reductions, update, numbers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +31,12 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     loss_tokens: int
-    finite: bool
     expert_load: Tensor | None
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient norm are numbers."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 @dataclass(frozen=True)
@@ -90,16 +95,24 @@ class Trainer:
         rate = learning_rate(self.recipe, number)
         set_learning_rate(self.optimizer, rate)
         losses = self._run(batches, forward_only=False)
-        finite, grad_norm, _ = self.optimizer.step()
+        _, grad_norm, _ = self.optimizer.step()
         return StepResult(
             loss=losses.main,
             mtp_loss=losses.mtp,
             grad_norm=float(grad_norm),
             learning_rate=rate,
             loss_tokens=losses.tokens,
-            finite=bool(finite),
             expert_load=self.router_load.gather(),
         )
+
+    def weights_are_finite(self) -> bool:
+        """Whether every weight on every rank is a number; the same answer on all ranks."""
+        bad = torch.zeros(1, dtype=torch.int64, device=self.process.device)
+        for chunk in self.chunks:
+            for weight in chunk.parameters():
+                bad += (~torch.isfinite(weight.detach())).any()
+        dist.all_reduce(bad)
+        return not bool(bad.item())
 
     def evaluate(self, batches: Sequence[Batch]) -> Losses:
         """Mean losses without touching weights, router biases or counters."""

@@ -14,7 +14,7 @@ from megatron_joy.train.step import StepResult
 
 
 class Checkpointing(Feature):
-    """Every `interval` steps, at the end and before a stop. Comes after the metrics, so that these are on disk first."""
+    """Every `interval` steps, at the end and before a stop. Comes last: the metrics are then on disk already."""
 
     def __init__(self, interval: int, keep_last: int, data_fingerprint: str) -> None:
         self.interval, self.keep_last, self.data_fingerprint = interval, keep_last, data_fingerprint
@@ -42,25 +42,38 @@ class Checkpointing(Feature):
 
     def _due(self, loop: Loop) -> tuple[bool, bool]:
         """(is one due, must it succeed)."""
-        step = loop.run.progress.step
-        last = step == loop.run.recipe.train.steps or loop.wants_stop
-        return last or (self.interval > 0 and step % self.interval == 0), last
+        last = loop.done or loop.wants_stop
+        return last or (self.interval > 0 and loop.run.progress.step % self.interval == 0), last
+
+    def _prune(self, loop: Loop) -> None:
+        if loop.run.process.is_first_rank:
+            for note in prune(loop.run.folder / "checkpoints", self.keep_last, loop.run.attempt).notes:
+                loop.tell("on_note", note)
+
+    def on_start(self, loop: Loop) -> None:
+        """Frees the space that killed saves of earlier attempts hold."""
+        self._prune(loop)
 
     def after_step(self, loop: Loop, result: StepResult) -> None:
         """Saves when due. A failure in the middle of a run is noted and the run goes on from memory; at its end, and
         before a stop, it is raised (WorkError): the work since the last whole checkpoint would be lost without a word.
+        So are weights that are no numbers, which the losses of this step can't tell yet.
         """
         due, must_succeed = self._due(loop)
         if not due:
             return
+        if not loop.trainer.weights_are_finite():
+            raise WorkError(
+                f"step {loop.run.progress.step}: the update made weights NaN or infinite; they are not saved, the same "
+                "command goes on from the last checkpoint; lower schedule.peak_lr"
+            )
         started = time.perf_counter()
         try:
             path = self._save(loop)
         except WorkError as error:
             if must_succeed:
                 raise
-            loop.tell("on_note", f"no checkpoint of step {loop.run.progress.step}: {error}; training goes on from memory")
+            loop.tell("on_note", f"{error}; training goes on from memory")
             return
         loop.tell("on_checkpoint", f"{path.name} in {time.perf_counter() - started:.1f} s")
-        if loop.run.process.is_first_rank:
-            prune(loop.run.folder / "checkpoints", self.keep_last)
+        self._prune(loop)

@@ -9,13 +9,22 @@ from megatron_joy.train.step import StepResult
 
 
 class Guard(Feature):
-    """Loss and gradient norm are equal on all ranks, so all stop together."""
+    """Comes after the metrics, which then show the bad step, and before the checkpoint.
+
+    The numbers are equal on all ranks, so all stop together.
+    """
 
     def after_step(self, loop: Loop, result: StepResult) -> None:
-        """Raises WorkError when the loss or the gradient norm is NaN or infinite."""
-        for name, value in (("loss", result.loss), ("gradient norm", result.grad_norm)):
+        """Raises WorkError when the loss, the gradient norm or the validation loss is NaN or infinite."""
+        numbers = {
+            "loss": result.loss,
+            "gradient norm": result.grad_norm,
+            "validation loss": loop.row.get("validation_loss", 0.0),
+        }
+        for name, value in numbers.items():
             if not math.isfinite(value):
                 raise WorkError(
-                    f"step {loop.run.progress.step}: the {name} is {value}; the weights are spoilt and not saved, start "
-                    "again to resume from the last whole checkpoint, with a lower schedule.peak_lr if it happens again"
+                    f"step {loop.run.progress.step}: the {name} is {value}; nothing of this step is saved, the same "
+                    "command goes on from the last checkpoint; if it comes again, lower schedule.peak_lr or remove "
+                    "the newest checkpoint"
                 )

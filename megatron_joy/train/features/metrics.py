@@ -1,6 +1,5 @@
 """metrics.jsonl, events.jsonl, TensorBoard and the terminal, all on rank 0."""
 
-import time
 from typing import Any
 
 from rich.console import Console
@@ -42,7 +41,7 @@ def headline(step: int, steps: int, row: dict[str, Any]) -> str:
 
 
 class Metrics(Feature):
-    """Comes last among the features, so that the row holds what the others added."""
+    """Comes after the features that add to a step's row."""
 
     def __init__(self, run: Run, stream: SampleStream, resumed_from: str | None) -> None:
         self.writer = MetricsWriter(run.folder, run.attempt, tensorboard=run.recipe.run.tensorboard)
@@ -50,7 +49,6 @@ class Metrics(Feature):
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
         self.task: TaskID | None = None
-        self._started = time.perf_counter()
 
     def on_start(self, loop: Loop) -> None:
         """Writes the attempt's first event."""
@@ -63,22 +61,23 @@ class Metrics(Feature):
             world_size=layout.world_size,
             layout=layout_text(layout),
         )
-        self.console.print(f"[bold]{run.folder}[/bold]: {message}, {layout_text(layout)}", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"[bold]{run.folder}[/bold]: {message}, {layout_text(layout)}", highlight=False, soft_wrap=True
+        )
         if self.console.is_terminal:
             self.bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
                 console=self.console,
             )
             self.task = self.bar.add_task("", total=run.recipe.train.steps, completed=run.progress.step)
             self.bar.start()
 
-    def before_step(self, loop: Loop) -> None:
-        """Starts the step's clock."""
-        self._started = time.perf_counter()
-
     def after_step(self, loop: Loop, result: StepResult) -> None:
         """Writes the step's row."""
-        progress, seconds = loop.run.progress, time.perf_counter() - self._started
+        progress = loop.run.progress
         first = progress.samples - loop.trainer.samples_per_step
         row = {
             "step": progress.step,
@@ -88,8 +87,6 @@ class Metrics(Feature):
             "grad_norm": result.grad_norm,
             "tokens": progress.tokens,
             "samples": progress.samples,
-            "step_seconds": seconds,
-            "tokens_per_second": loop.trainer.tokens_per_step / seconds,
             "loss_tokens": result.loss_tokens,
             "expert_load": None if result.expert_load is None else result.expert_load.tolist(),
             "sources": self.stream.sources_in(range(first, progress.samples)),
@@ -116,9 +113,8 @@ class Metrics(Feature):
 
     def on_finish(self, loop: Loop) -> None:
         """Says how the attempt ended."""
-        step = loop.run.progress.step
-        kind, message = ("stop", "stopped as asked") if loop.wants_stop else ("finish", "all steps done")
-        self.writer.event(kind, step, message)
+        kind, message = ("finish", "all steps done") if loop.done else ("stop", "stopped as asked")
+        self.writer.event(kind, loop.run.progress.step, message)
 
     def on_error(self, run: Run, error: BaseException) -> None:
         """Leaves the reason in the run's events."""

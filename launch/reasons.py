@@ -1,0 +1,57 @@
+"""How a rank that fails tells its launcher why: a line of JSON in a pipe, whose order is that of the failures."""
+
+import json
+import os
+import stat
+from dataclasses import asdict, dataclass
+
+VARIABLE = "JOY_REASONS_FD"  # a rank's environment: number of the pipe's open descriptor
+LONGEST = 3000  # characters of a message; a line below PIPE_BUF (4096 bytes) is never mixed with another rank's
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a rank leaves and with which exit code."""
+
+    rank: int
+    exit_code: int
+    message: str
+
+
+def tell_launcher(reason: Reason) -> bool:
+    """Hands the reason to the launcher; False where none listens and the rank has to say it itself."""
+    descriptor = os.environ.get(VARIABLE, "")
+    line = json.dumps(asdict(reason) | {"message": reason.message[:LONGEST]}, ensure_ascii=False).encode() + b"\n"
+    if len(line) > 4096:  # many bytes a character
+        line = json.dumps(asdict(reason) | {"message": reason.message[: LONGEST // 6]}).encode() + b"\n"
+    try:
+        if not stat.S_ISFIFO(os.fstat(int(descriptor)).st_mode):
+            return False
+        os.write(int(descriptor), line)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+class Reasons:
+    """The launcher's end of the pipe. `descriptor` is for the ranks."""
+
+    def __init__(self) -> None:
+        self._read, self.descriptor = os.pipe()
+        os.set_blocking(self._read, False)
+        self._rest = b""
+
+    def received(self) -> list[Reason]:
+        """What came since the last call, in the order in which ranks failed; never waits."""
+        try:
+            while chunk := os.read(self._read, 1 << 16):
+                self._rest += chunk
+        except BlockingIOError:
+            pass
+        *lines, self._rest = self._rest.split(b"\n")
+        return [Reason(**json.loads(line)) for line in lines]
+
+    def close(self) -> None:
+        """Closes both ends."""
+        os.close(self._read)
+        os.close(self.descriptor)
