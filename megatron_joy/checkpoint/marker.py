@@ -59,8 +59,8 @@ class Marker:
 
     @property
     def samples(self) -> int | None:
-        """Samples consumed, if the training loop said so."""
-        return self.state.get("samples")
+        """Samples consumed, if the training loop said so (in its state's 'progress', or beside it)."""
+        return self.state.get("progress", self.state).get("samples")
 
     def entry(self, name: str) -> FileEntry:
         """The entry of a file; KeyError if the checkpoint has no such file."""

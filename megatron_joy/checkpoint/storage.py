@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -190,7 +191,9 @@ class Reader(FileSystemReader):
         """A whole tensor on the CPU, in this process alone; it needs no process group. KeyError if there is none."""
         entry = self.tensors[key]
         whole = torch.empty(entry.size, dtype=entry.properties.dtype)
-        load({key: whole}, storage_reader=self, planner=LoadPlanner(), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant
+            load({key: whole}, storage_reader=self, planner=LoadPlanner(), no_dist=True)
         return whole
 
     @property

@@ -31,8 +31,8 @@ def _refuse_writing(folder: Path, full_rank: int, limit: int) -> Any:
     except WorkError as error:
         message = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    losses += run.train(3, 3)
     names = sorted(path.name for path in folder.iterdir())
+    losses += run.train(3, 3)
     run.save(folder, 3)  # there is room again
     return message, names, losses
 
@@ -46,7 +46,7 @@ def unbroken() -> Any:
     return run_world(_unbroken, 2)[0]
 
 
-# In the middle of a rank's tensors, on either rank; 40 kB: rank 0's index; 0: the very first byte.
+# In the middle of a rank's tensors, on either rank; 0: the very first byte.
 @pytest.mark.parametrize(("full_rank", "limit"), [(1, 200_000), (0, 200_000), (1, 0)])
 def test_a_full_disk_is_told_on_all_ranks_and_training_goes_on(
     tmp_path: Path, unbroken: Any, full_rank: int, limit: int

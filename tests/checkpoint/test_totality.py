@@ -27,7 +27,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"vocab_size": 128},
         ["embedding.word_embeddings.weight has shape [64, 32], the model's has [128, 32]"],
     ),
-    "more experts": ({"n_routed_experts": 8}, ["router.weight has shape [4, 32]", "[8, 32]"]),
+    "more experts": (
+        {"n_routed_experts": 8},
+        ["experts.experts.linear_fc1.weight has shape [4, 48, 32], the model's has [8, 48, 32]", " more"],
+    ),
     "fewer layers": ({"num_hidden_layers": 2}, ["the checkpoint's decoder.layers.4.", "unknown to the model"]),
     "without MTP": ({"num_nextn_predict_layers": 0}, ["the checkpoint's mtp.layers.0.", "unknown to the model"]),
 }
