@@ -1,7 +1,7 @@
 """Text to token ids with gigatoken, with the Hugging Face tokenizers library as the oracle.
 
-gigatoken gives the library's ids about a hundred times faster (docs/data.md has the measurement). It is trusted and
-checked: every so many documents one is encoded by both, and one difference is enough for the library to take over.
+gigatoken gives the library's ids many times faster (docs/results/text_to_shards.md). It is trusted and checked: every
+so many documents one is encoded by both, and one difference is enough for the library to take over.
 
 A special token's string inside a document is ordinary text: no web page can end its document or open a chat turn.
 """

