@@ -134,6 +134,12 @@ class Run:
             for tensor, _ in pieces.values():
                 tensor.fill_(-3.0)
 
+    def disturb_randomly(self) -> None:
+        """Fills every tensor, also one that nothing has initialised, with small numbers."""
+        with torch.no_grad():
+            for tensor, _ in pieces_of(self.trainer.chunks, self.process).values():
+                tensor.normal_(0.0, 0.02)
+
     def boxes(self) -> list[tuple[str, tuple[int, ...], np.ndarray]]:
         """(global key, offset, elements) of everything this rank holds."""
         pieces: Pieces = pieces_of(self.trainer.chunks, self.process)
