@@ -88,11 +88,17 @@ class Metrics(Feature):
             "tokens": progress.tokens,
             "samples": progress.samples,
             "loss_tokens": result.loss_tokens,
-            "expert_load": None if result.expert_load is None else result.expert_load.tolist(),
+            "expert_load": self._expert_load(loop, result),
             "sources": self.stream.sources_in(range(first, progress.samples)),
         } | loop.row
         self.writer.metrics(row)
         self._show(loop, row)
+
+    def _expert_load(self, loop: Loop, result: StepResult) -> list[list[float]] | None:
+        """Large for many experts, so it is kept every so often only."""
+        if result.expert_load is None or loop.run.progress.step % loop.run.recipe.run.expert_load_interval:
+            return None
+        return result.expert_load.tolist()
 
     def _show(self, loop: Loop, row: dict[str, Any]) -> None:
         step, train = loop.run.progress.step, loop.run.recipe.train
