@@ -12,7 +12,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     down to final_lr, which the last step has.
     """
     schedule = recipe.schedule
-    if step <= schedule.warmup_steps:
+    if step < schedule.warmup_steps:
         return schedule.peak_lr * step / schedule.warmup_steps
     into_decay = step - (recipe.train.steps - schedule.decay_steps)
     if into_decay <= 0:

@@ -1,0 +1,1 @@
+"""Optimizers against torch's, schedules against their closed form."""
