@@ -14,8 +14,9 @@ PEAK, FINAL, WARMUP, DECAY, STEPS = 4e-3, 1e-3, 10, 20, 100
 
 def recipe(**schedule: Any) -> Recipe:
     keys = {"peak_lr": PEAK, "final_lr": FINAL, "warmup_steps": WARMUP, "decay_steps": DECAY} | schedule
-    tiny = load_recipe("joyai_tiny", [f"train.steps={STEPS}"])
-    return tiny.model_copy(update={"schedule": ScheduleSection(**keys)})
+    tiny = load_recipe("joyai_tiny")
+    train = tiny.train.model_copy(update={"steps": STEPS})
+    return tiny.model_copy(update={"schedule": ScheduleSection(**keys), "train": train})
 
 
 def test_warm_up_is_linear_and_its_last_step_has_the_peak() -> None:
