@@ -1,0 +1,44 @@
+"""Every layout of the stack follows one process over ten steps in fp32, from one checkpoint resharded into it."""
+
+import pytest
+
+from megatron_joy.prove.proof import prove
+from megatron_joy.recipe import load_recipe
+
+LAYOUTS: dict[str, dict[str, int]] = {
+    "DP2 (ZeRO-1)": {"data_parallel_size": 2},
+    "TP2 (SP)": {"tensor_model_parallel_size": 2},
+    "PP2": {"pipeline_model_parallel_size": 2},
+    "PP2 x VPP2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    "CP2": {"context_parallel_size": 2},
+    "EP2": {"expert_model_parallel_size": 2, "data_parallel_size": 2},
+    "TP2 x EP2 (ETP1)": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+    "TP2 x ETP2": {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2},
+    "CP2 x EP2": {"context_parallel_size": 2, "expert_model_parallel_size": 2},
+    "PP2 x EP2": {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2, "data_parallel_size": 2},
+    "CP2 x TP2": {"context_parallel_size": 2, "tensor_model_parallel_size": 2},
+}
+# Gloo makes tensor parallelism slow, and four processes share few cores.
+SLOW = {"TP2 (SP)", "TP2 x EP2 (ETP1)", "TP2 x ETP2", "PP2 x EP2", "CP2 x TP2"}
+ONE = {"expert_model_parallel_size": 1, "data_parallel_size": 1}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in LAYOUTS])
+def test_layout_follows_one_process(name: str) -> None:
+    overrides = [f"layout.{key}={value}" for key, value in (ONE | LAYOUTS[name]).items()]
+    proof = prove(load_recipe("joyai_tiny", overrides), processes=4)
+    assert proof.shrunk.reduced == ()
+    assert len(proof.layout) == 10
+    assert proof.equal_loads
+    assert proof.holds, (proof.differences, proof.worst, proof.routing)
+    # Tighter than the verdict: what these layouts reach, so that a loss of accuracy shows (docs/parallelism.md).
+    assert max(proof.differences.values()) < 2e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputing_activations_changes_nothing(recompute: str) -> None:
+    """The reference keeps its activations; experts must not count recomputed tokens twice."""
+    proof = prove(load_recipe("joyai_tiny", [f"train.recompute={recompute}"]), processes=2, steps=3)
+    assert proof.shrunk.recipe.train.recompute == recompute
+    assert proof.holds, (proof.differences, proof.worst, proof.routing)
