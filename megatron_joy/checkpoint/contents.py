@@ -104,16 +104,32 @@ class _Collector:
         return {key: Boxes(self.shapes[key], boxes) for key, boxes in self.boxes.items()}
 
 
-def weight_boxes(pieces: Pieces, to_write: bool) -> dict[str, Boxes]:
-    """The model's tensors; `to_write`: only those that no other rank writes."""
+def weight_boxes(pieces: Pieces, to_write: bool, optimizer: Any | None = None) -> dict[str, Boxes]:
+    """The model's tensors; `to_write`: only what no other rank writes.
+
+    Of a weight that data-parallel ranks have copies of, each writes the part whose optimizer state it keeps, so that
+    all write equally much; without `optimizer` the first one writes all.
+    """
+    shares = _shares(optimizer) if to_write and optimizer is not None else {}
     collector = _Collector()
-    for tensor, parts_of_tensor in pieces.values():
+    for identity, (tensor, parts_of_tensor) in pieces.items():
+        start, end = shares.get(identity, (0, tensor.numel()))
+        flat = tensor.detach().view(-1)[start:end]
         for piece in parts_of_tensor:
-            if not to_write or is_main_replica(piece.replica):
-                shape = tuple(tensor.shape)
-                flat = tensor.detach().view(-1)
-                collector.add(piece.key, piece, boxes_of_range(piece, shape, 0, flat.numel(), flat))
+            copies = piece.replica[:2] if identity in shares else piece.replica
+            if not to_write or is_main_replica(copies):
+                collector.add(piece.key, piece, boxes_of_range(piece, tuple(tensor.shape), start, end, flat))
     return collector.result()
+
+
+def _shares(optimizer: Any) -> dict[int, tuple[int, int]]:
+    """Id of every parameter that is updated -> the range of it that this rank keeps the state of, maybe empty."""
+    shares: dict[int, tuple[int, int]] = {}
+    for part in active_parts(optimizer):
+        for buffer in part.buffers:
+            shares |= dict.fromkeys(map(id, buffer.param_index_map), (0, 0))
+        shares |= {id(param): (start, end) for param, start, end in owned_ranges(part)}
+    return shares
 
 
 def optimizer_boxes(pieces: Pieces, optimizer: Any, to_write: bool) -> dict[str, Boxes]:

@@ -107,7 +107,7 @@ def _make_partial(save: _Save) -> None:
 
 def _tensors(save: _Save, chunks: Sequence[Any], optimizer: Any | None) -> dict[str, Any]:
     pieces = pieces_of(chunks, save.process)
-    tensors: dict[str, Any] = dict(weight_boxes(pieces, to_write=True))
+    tensors: dict[str, Any] = dict(weight_boxes(pieces, to_write=True, optimizer=optimizer))
     if optimizer is not None:
         tensors |= optimizer_boxes(pieces, optimizer, to_write=True)
     if save.process.is_first_rank:

@@ -77,6 +77,13 @@ def test_fp32_master_weights_of_a_bf16_run_travel_too(written: Any, wrote: str, 
     assert any((value.view(np.uint32) & 0xFFFF).any() for value in masters.values())
 
 
+@pytest.mark.parametrize("layout", ["dp2", "ep2", "cp2"])
+def test_data_parallel_ranks_write_equally_much(written: Any, layout: str) -> None:
+    path = written(layout, "bf16")[0]
+    first, second = ((path / f"__{rank}_0.distcp").stat().st_size for rank in (0, 1))
+    assert abs(first - second) < 0.2 * second
+
+
 def test_what_was_written_names_no_layout(written: Any) -> None:
     keys = {frozenset(written(layout, "fp32")[1]) for layout in ("one", "ep2", "tp2ep2", "pp2vpp2")}
     assert len(keys) == 1
