@@ -114,6 +114,7 @@ class Trainer:
         dist.all_reduce(bad)
         return not bool(bad.item())
 
+    @torch.no_grad()  # with gradients enabled the routers would count these tokens and move their biases by them
     def evaluate(self, batches: Sequence[Batch]) -> Losses:
         """Mean losses without touching weights, router biases or counters."""
         for chunk in self.chunks:
