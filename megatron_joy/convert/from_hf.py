@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 import torch
@@ -34,8 +34,9 @@ from megatron_joy.errors import UserError, WorkError
 from megatron_joy.recipe import Recipe, dump_recipe
 from megatron_joy.recipe.derive import derive
 from megatron_joy.recipe.schema import DataSection, LayoutSection, ModelSection, PrecisionSection, TrainSection
+from megatron_joy.recipe.validate import validate
 
-DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+DTYPE_NAMES: dict[torch.dtype, Literal["fp32", "bf16"]] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 METADATA = "metadata.json"
 # Without these two Megatron-core's own loader doesn't take the folder (dist_checkpointing/core.py, serialization.py).
 _MEGATRON_METADATA = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -181,7 +182,7 @@ def _prepare(path: Path, recipe: Recipe | None) -> _Job:
     weights = [tensor.name for tensor in plan.tensors if tensor.kind == "weight" and tensor.name in folder.shapes]
     dtype = only_dtype(folder.dtypes, weights, path)
     if recipe is None:
-        recipe = _made_up_recipe(model, dtype)
+        recipe = _made_up_recipe(model, dtype, config_path)
     elif DTYPE_NAMES[dtype] == "fp32" and recipe.precision.params_dtype == "bf16":
         raise UserError(
             f"recipe {recipe.name}: precision.params_dtype bf16 would round the fp32 weights of {path}; set it to fp32"
@@ -202,19 +203,22 @@ def _check_copies(folder: HFFolder, plan: ConversionPlan) -> None:
             )
 
 
-def _made_up_recipe(model: ModelSection, dtype: torch.dtype) -> Recipe:
+def _made_up_recipe(model: ModelSection, dtype: torch.dtype, where: Path) -> Recipe:
     """A recipe that says what the weights are and next to nothing about training them."""
-    return derive(
+    recipe = derive(
         Recipe(
             name="imported",
             description="Made from a Hugging Face config.json; training needs a recipe of its own.",
             model=model,
             layout=LayoutSection(),
-            precision=PrecisionSection(params_dtype="fp32" if dtype is torch.float32 else "bf16"),
+            precision=PrecisionSection(params_dtype=DTYPE_NAMES[dtype]),
             data=DataSection(sequence_length=min(4096, model.max_position_embeddings)),
             train=TrainSection(steps=1, global_batch_size=1),
         )
     )
+    if problems := validate(recipe, {}):
+        raise UserError(f"{where}: no model that can be trained: {'; '.join(problems)}")
+    return recipe
 
 
 def _parts(plan: ConversionPlan, key: str) -> Iterator[_Part]:

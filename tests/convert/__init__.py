@@ -1,0 +1,1 @@
+"""Conversion: one table, both directions, proved against transformers and the training model."""

@@ -1,0 +1,1 @@
+"""Generation: the decoder against transformers, the cache against the full forward, drafts against plain greedy."""
