@@ -29,6 +29,7 @@ Shape = tuple[int, ...]
 OPTIMIZER_PREFIX = "optimizer."
 OPEN_FILES = 64
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a zip entry; the last two are the lengths of its name and extra field
+_BROKEN = (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, ValueError, TypeError, EOFError, struct.error)
 _LOCAL_MARK = b"PK\x03\x04"
 _STORAGES = {"FloatStorage": torch.float32, "BFloat16Storage": torch.bfloat16}
 
@@ -186,7 +187,7 @@ class TensorStore:
         path = self.checkpoint.path / info.relative_path
         try:
             view, first_byte = _open_archive(_Window(self._open(path), info.offset, info.length))
-        except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, ValueError, TypeError, EOFError, struct.error) as error:
+        except _BROKEN as error:
             raise WorkError(f"{path}: the archive of {key} at {list(start)} can't be read: {error}") from None
         if view.dtype != self.dtypes[key] or view.size != size or view.stride != _strides(size):
             raise WorkError(
