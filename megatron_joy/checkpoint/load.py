@@ -1,5 +1,6 @@
 """Reading a checkpoint back into a model and its optimizer, under any layout."""
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -125,5 +126,7 @@ def _listed(sentence: str, items: list[str]) -> str:
 
 
 def _read(checkpoint: Checkpoint, reader: Reader, wanted: dict[str, Boxes]) -> None:
-    with being_read(checkpoint), torch.no_grad():
+    with being_read(checkpoint), torch.no_grad(), warnings.catch_warnings():
+        # Each rank reads its own pieces: that torch takes this for one process is what no_dist asks for.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
         load(wanted, storage_reader=reader, planner=LoadPlanner(), no_dist=True)
