@@ -90,7 +90,9 @@ def bare_step(trainer: Trainer, process: Process, batches: Sequence[Batch], reci
     trainer.optimizer.step()
 
 
-def in_turns(trainer: Trainer, process: Process, recipe: Recipe, pairs: int, folder: Path) -> tuple[list[float], list[float]]:
+def in_turns(
+    trainer: Trainer, process: Process, recipe: Recipe, pairs: int, folder: Path
+) -> tuple[list[float], list[float]]:
     """Seconds of each of our steps and of each bare step."""
     batches = batches_in_memory(recipe)
     ours: list[float] = []

@@ -1,8 +1,8 @@
 """`make demo`: the whole mission in small, on a machine without a GPU.
 
-Every stage is a `joy` command that is printed before it runs, so what is seen here can be typed again. The run is killed
-with SIGKILL at a random step on the way and goes on from its last whole checkpoint; the steps that are trained twice
-must have the same losses bit for bit.
+Every stage is a `joy` command that is printed before it runs, so what is seen here can be typed again. The run is
+killed with SIGKILL at a random step on the way and goes on from its last whole checkpoint; the steps that are trained
+twice must have the same losses bit for bit.
 """
 
 import json
@@ -44,7 +44,7 @@ class Demo:
 
     def joy(self, *arguments: str) -> None:
         """Prints and runs a `joy` command; its failure ends the demo."""
-        console.print(f"[bold green]$[/] joy {shlex.join(arguments)}")
+        console.print(f"[bold green]$[/] joy {shlex.join(arguments)}", soft_wrap=True)
         code = subprocess.run(joy_command(*arguments), check=False).returncode
         if code:
             raise WorkError(f"`joy {shlex.join(arguments)}` left with exit code {code}")
@@ -76,7 +76,9 @@ def train_and_kill(demo: Demo) -> None:
     interval = demo.recipe.checkpoint.interval
     at = random.randint(interval + 2, 2 * interval - 1)
     arguments = ("launch", "local", RECIPE, f"run.folder={demo.run}")
-    console.print(f"[bold green]$[/] joy {shlex.join(arguments)}    [dim]# will be killed at a random step[/]")
+    console.print(
+        f"[bold green]$[/] joy {shlex.join(arguments)}    [dim]# will be killed at a random step[/]", soft_wrap=True
+    )
     process = subprocess.Popen(joy_command(*arguments), start_new_session=True)
     started = time.monotonic()
     try:
@@ -107,7 +109,8 @@ def resume(demo: Demo) -> None:
                 raise WorkError(f"step {step}: {key} {first[step][key]!r} before the kill, {second[step][key]!r} after")
     demo.repeated = len(twice)
     console.print(
-        f"steps {twice[0]} to {twice[-1]} were trained twice: losses and gradient norms are equal, [bold]bit for bit[/]"
+        f"steps {twice[0]} to {twice[-1]} were trained twice: losses and gradient norms are equal, [bold]bit for bit[/]",
+        soft_wrap=True,
     )
 
 
@@ -174,7 +177,8 @@ def main() -> int:
         return 1
     console.rule()
     console.print(summary(demo))
-    console.print(f"Open [bold]{demo.run / 'report.html'}[/] in a browser; `joy status {demo.run}` says the same in short.")
+    page = demo.run / "report.html"
+    console.print(f"Open [bold]{page}[/] in a browser; `joy status {demo.run}` says the same in short.", soft_wrap=True)
     return 0
 
 

@@ -58,8 +58,9 @@ class PortableGroupedExperts(MegatronModule):
     ) -> tuple[Tensor, Tensor | None]:
         """permuted_tokens [T, h], tokens_per_expert int [E], permuted_probs [T] -> ([T, h], no bias)."""
         if permuted_tokens.shape[0] == 0:
-            # grouped_mm has no backward pass for no tokens. All three inputs take part all the same: the weights because
-            # their gradients are reduced, tokens and probabilities because their all-to-alls run backward on other ranks.
+            # grouped_mm has no backward pass for no tokens. All three inputs take part all the same: the weights
+            # because their gradients are reduced, tokens and probabilities because other ranks wait for their
+            # all-to-alls in the backward pass.
             nothing = permuted_tokens * permuted_probs.unsqueeze(-1).to(permuted_tokens.dtype)
             return nothing + 0.0 * (self.linear_fc1.sum() + self.linear_fc2.sum()), None
         ends = torch.as_tensor(tokens_per_expert, device=permuted_tokens.device).cumsum(0).to(torch.int32)  # [E]

@@ -24,8 +24,8 @@ def transformer_engine_problem() -> str | None:
 def select_blocks(backend: Literal["auto", "portable", "te"], context_parallel_size: int = 1) -> Blocks:
     """The backend's blocks; 'auto' is Transformer Engine where it runs. Raises UserError when 'te' can't run here.
 
-    Transformer Engine's context-parallel attention wants every document padded to a multiple of 2 x CP, which would make
-    samples depend on the layout; with CP > 1 its blocks come with the portable core attention.
+    Transformer Engine's context-parallel attention wants every document padded to a multiple of 2 x CP, which would
+    make samples depend on the layout; with CP > 1 its blocks come with the portable core attention.
     """
     portable: Blocks = importlib.import_module("megatron_joy.model.backends.portable").BLOCKS
     if backend == "portable":
