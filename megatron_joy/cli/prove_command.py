@@ -26,7 +26,13 @@ DEGREES = {
     "ETP": "expert_tensor_parallel_size",
     "DP": "data_parallel_size",
 }
-NAMES = {"loss": "loss", "mtp_loss": "MTP loss", "grad_norm": "gradient norm", "parameters": "parameters"}
+NAMES = {
+    "loss": "loss",
+    "mtp_loss": "MTP loss",
+    "grad_norm": "gradient norm",
+    "validation": "validation",
+    "parameters": "parameters",
+}
 
 
 @app.command("prove", epilog="Example: joy prove joyai_tiny --world 4 layout.tensor_model_parallel_size=2")
@@ -34,7 +40,7 @@ def prove_command(
     recipe: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped name or a TOML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE ...", help="Other layouts.")] = None,
     world: Annotated[
-        int | None, typer.Option("--world", min=1, help="Processes at most; default: what memory holds, up to 16.")
+        int | None, typer.Option("--world", min=1, help="Processes at most; default: 4 for each core, up to 16.")
     ] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to compare.")] = 10,
     keep: Annotated[
@@ -45,8 +51,8 @@ def prove_command(
     """Run the recipe's parallel layout, shrunk in width only, on CPU, and hold it against one process.
 
     One process trains a few steps and writes a checkpoint; the layout reads it and both go on with the same samples.
-    Losses, MTP losses, gradient norms of each step and all parameters after the last one are compared in fp32.
-    Exits 0 when all are within tolerance, 1 when not.
+    Each step's losses and gradient norm and, after the last one, validation losses and all parameters are compared in
+    fp32. Exits 0 when all are within tolerance, 1 when not.
     """
     resolved = load_recipe(recipe, overrides or [])
     with _progress(steps) as progress:

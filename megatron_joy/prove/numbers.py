@@ -37,11 +37,20 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """Losses of samples that were not trained on, after the last step."""
+
+    loss: float
+    mtp_loss: float | None
+
+
+@dataclass(frozen=True)
 class Run:
-    """What a rank has to tell: steps (rank 0 only), seconds of the steps and, in a layout, how it differs."""
+    """What a rank has to tell: steps (rank 0 only), their seconds and, in a layout, how it differs."""
 
     steps: list[Step]
     seconds: float
+    validation: Validation
     worst: ParameterDifference | None = None
     routing: Routing | None = None
 

@@ -1,6 +1,7 @@
 """Runs the reference and the layout and holds one against the other. Imports no torch: the ranks do."""
 
 import dataclasses
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -12,11 +13,11 @@ import psutil
 
 from megatron_joy.errors import UserError, WorkError
 from megatron_joy.platform.world import WorldFailed, run_world
-from megatron_joy.prove.numbers import Papers, ParameterDifference, Routing, Step
+from megatron_joy.prove.numbers import Papers, ParameterDifference, Routing, Step, Validation
 from megatron_joy.prove.shrink import Shrunk, one_process, shrink
 from megatron_joy.recipe.schema import Recipe
 
-MOST_PROCESSES = 16
+MOST_PROCESSES, PROCESSES_PER_CORE = 16, 4
 RANK_BYTES = 700 * 2**20  # of a rank of a shrunk model, what it shares with others not counted
 STEPS_BEFORE = 2  # in one process before the checkpoint
 # By name: the module imports torch, which only the ranks need.
@@ -24,15 +25,20 @@ LEAD, FOLLOW = "megatron_joy.prove.runs:lead", "megatron_joy.prove.runs:follow"
 PATIENCE = 600.0  # seconds without a step that mean a hang
 
 # Relative differences from one process that a layout may have in fp32.
-TOLERANCES = {"loss": 1e-5, "mtp_loss": 1e-5, "grad_norm": 1e-4, "parameters": 1e-5}
+TOLERANCES = {"loss": 1e-5, "mtp_loss": 1e-5, "grad_norm": 1e-4, "validation": 1e-5, "parameters": 1e-5}
 TIE = 1e-5  # difference of router scores, which are between 0 and 1, that rounding may decide
 
 OnStep = Callable[[str, int], None]  # is told the run ("reference" or "layout") and the number of the step just done
 
 
 def most_processes() -> int:
-    """Processes that this machine can hold: memory allows for them, and there are at most MOST_PROCESSES."""
-    return max(1, min(MOST_PROCESSES, int(psutil.virtual_memory().available // RANK_BYTES)))
+    """Processes that this machine's memory can hold."""
+    return max(1, int(psutil.virtual_memory().available // RANK_BYTES))
+
+
+def default_processes() -> int:
+    """Processes that a proof takes at most when nobody says how many: no more than wait patiently for a core."""
+    return min(most_processes(), MOST_PROCESSES, PROCESSES_PER_CORE * (os.cpu_count() or 1))
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Proof:
     shrunk: Shrunk
     reference: Sequence[Step]
     layout: Sequence[Step]
+    validation: tuple[Validation, Validation]  # in one process, in the layout
     worst: ParameterDifference
     routing: Routing
     seconds: tuple[float, float]  # of the compared steps: in one process, in the layout
@@ -49,11 +56,15 @@ class Proof:
     @property
     def differences(self) -> dict[str, float]:
         """Largest relative difference of each quantity in TOLERANCES over all steps."""
+        reference, layout = self.validation
+        losses = [name for name in ("loss", "mtp_loss") if getattr(reference, name) is not None]
         found = {
             name: max(map(relative_difference, self._column(self.layout, name), self._column(self.reference, name)))
-            for name in ("loss", "mtp_loss", "grad_norm")
-            if self.reference[0].mtp_loss is not None or name != "mtp_loss"
+            for name in (*losses, "grad_norm")
         }
+        found["validation"] = max(
+            relative_difference(getattr(layout, name), getattr(reference, name)) for name in losses
+        )
         return found | {"parameters": self.worst.relative}
 
     @property
@@ -89,6 +100,7 @@ class Proof:
             "changes": [dataclasses.asdict(change) for change in self.shrunk.changes],
             "reference_steps": numbers(self.reference),
             "layout_steps": numbers(self.layout),
+            "validation": [dataclasses.asdict(losses) for losses in self.validation],
             "seconds": self.seconds,
         }
 
@@ -112,9 +124,9 @@ def prove(
     machine can't hold the world that was asked for, WorkError with the first failing rank's reason.
     """
     room = most_processes()
-    if processes is not None and processes > max(room, 1):
+    if processes is not None and processes > room:
         raise UserError(f"joy prove: {processes} processes don't fit into this machine's memory; give --world {room}")
-    small = shrink(recipe, processes or room, STEPS_BEFORE + steps)
+    small = shrink(recipe, processes or default_processes(), STEPS_BEFORE + steps)
     return hold_against_one_process(small, folder, on_step)
 
 
@@ -131,6 +143,7 @@ def hold_against_one_process(small: Shrunk, folder: Path | None = None, on_step:
         shrunk=small,
         reference=reference.steps,
         layout=ranks[0].steps,
+        validation=(reference.validation, ranks[0].validation),
         worst=max((rank.worst for rank in ranks), key=lambda worst: worst.relative),
         routing=Routing(
             sum(r.decisions for r in routing), sum(r.overruled for r in routing), max(r.widest for r in routing)

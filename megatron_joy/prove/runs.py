@@ -11,7 +11,7 @@ from megatron_joy.checkpoint.save import save_checkpoint
 from megatron_joy.model.build import build_model
 from megatron_joy.platform import process as platform
 from megatron_joy.platform.world import tell
-from megatron_joy.prove.numbers import Papers, Run, Step
+from megatron_joy.prove.numbers import Papers, Run, Step, Validation
 from megatron_joy.prove.routing import RoutingBook, RoutingFollow, RoutingRecord
 from megatron_joy.prove.samples import batches
 from megatron_joy.prove.weights import largest_difference, write_whole
@@ -53,6 +53,14 @@ class _Trained:
                 tell(number)
         return steps
 
+    def validate(self, book: RoutingBook) -> Validation:
+        """Losses of the samples that the step after the last one would have."""
+        number = self.recipe.train.steps + 1
+        micro_batches = batches(self.recipe, number, self.process.groups.dp.rank())
+        book.begin(number, micro_batches)
+        losses = self.trainer.evaluate(micro_batches)
+        return Validation(losses.main, losses.mtp)
+
 
 def lead(recipe: Recipe, papers: Papers, before: int) -> Run:
     """One process: `before` steps, the checkpoint, the other steps, and the weights that these end with.
@@ -74,10 +82,11 @@ def lead(recipe: Recipe, papers: Papers, before: int) -> Run:
     began = time.monotonic()
     steps = run.train(range(before + 1, recipe.train.steps + 1), book)
     seconds = time.monotonic() - began
+    validation = run.validate(book)
     write_whole(papers.weights, run.trainer.chunks, run.process)
     book.write(papers.routing)
     platform.stop()
-    return Run(steps, seconds)
+    return Run(steps, seconds, validation)
 
 
 def follow(recipe: Recipe, papers: Papers, before: int) -> Run:
@@ -93,6 +102,7 @@ def follow(recipe: Recipe, papers: Papers, before: int) -> Run:
     began = time.monotonic()
     steps = run.train(range(before + 1, recipe.train.steps + 1), book)
     seconds = time.monotonic() - began
+    validation = run.validate(book)
     worst = largest_difference(papers.weights, run.trainer.chunks, run.process)
     platform.stop()
-    return Run(steps, seconds, worst, book.told)
+    return Run(steps, seconds, validation, worst, book.told)

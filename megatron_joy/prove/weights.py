@@ -49,6 +49,7 @@ def largest_difference(path: Path, chunks: Sequence[Any], process: Process) -> P
             absolute = float((data.float() - file.get_slice(key)[place].float()).abs().max())
             absolute = float("inf") if absolute != absolute else absolute
             relative = absolute / scales[key] if scales[key] else (float("inf") if absolute else 0.0)
+            relative = float("inf") if relative != relative else relative
             if relative > worst.relative or not worst.key:
                 worst = ParameterDifference(key, absolute, relative)
     return worst

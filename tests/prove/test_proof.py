@@ -11,7 +11,7 @@ from megatron_joy.cli import prove_command
 from megatron_joy.cli.main import main
 from megatron_joy.errors import UserError, WorkError
 from megatron_joy.prove import proof as proving
-from megatron_joy.prove.numbers import ParameterDifference, Routing, Step
+from megatron_joy.prove.numbers import ParameterDifference, Routing, Step, Validation
 from megatron_joy.prove.proof import TIE, TOLERANCES, Proof, hold_against_one_process, prove
 from megatron_joy.prove.shrink import shrink
 from megatron_joy.recipe import load_recipe
@@ -29,6 +29,7 @@ def made(**other: Any) -> Proof:
         "shrunk": shrink(TINY, 2, 4),
         "reference": reference,
         "layout": [reference[0], last],
+        "validation": (Validation(4.0, 5.0), Validation(4.0 * (1 + 0.9e-5), 5.0)),
         "worst": ParameterDifference("decoder.x", 1e-6, 0.9e-5),
         "routing": Routing(100, 1, 0.9 * TIE),
         "seconds": (1.0, 2.0),
@@ -40,7 +41,7 @@ def test_differences_within_every_tolerance_hold() -> None:
     proof = made()
     assert proof.holds
     assert set(proof.differences) == set(TOLERANCES)
-    assert TOLERANCES == {"loss": 1e-5, "mtp_loss": 1e-5, "grad_norm": 1e-4, "parameters": 1e-5}
+    assert TOLERANCES == {"loss": 1e-5, "mtp_loss": 1e-5, "grad_norm": 1e-4, "validation": 1e-5, "parameters": 1e-5}
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,7 @@ def test_differences_within_every_tolerance_hold() -> None:
         {"loss": 4.0 * (1 + 1.1e-5)},
         {"mtp_loss": 5.0 * (1 - 1.1e-5)},
         {"grad_norm": 0.5 * (1 + 1.1e-4)},
+        {"validation": (Validation(4.0, 5.0), Validation(4.0, 5.0 * (1 + 1.1e-5)))},
         {"worst": ParameterDifference("decoder.x", 1.0, 1.1e-5)},
         {"routing": Routing(100, 1, 1.1 * TIE)},
         {"expert_tokens": [[4, 4], [4, 4]]},
@@ -63,7 +65,8 @@ def test_one_difference_too_large_does_not_hold(wrong: dict[str, Any]) -> None:
 
 def test_a_model_without_mtp_has_no_mtp_loss_to_compare() -> None:
     steps = [Step(1, 4.0, None, 0.5, [[1]])]
-    assert "mtp_loss" not in made(reference=steps, layout=steps).differences
+    proof = made(reference=steps, layout=steps, validation=(Validation(4.0, None), Validation(4.0, None)))
+    assert "mtp_loss" not in proof.differences and proof.holds
 
 
 @pytest.mark.parametrize(("loss", "code"), [(4.0, 0), (4.1, 1)])
