@@ -4,6 +4,7 @@ import ast
 import importlib
 import sys
 import types
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def test_a_broken_transformer_engine_is_passed_over_or_named(
 
 def test_a_working_transformer_engine_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     working = types.ModuleType("transformer_engine.pytorch")
-    ours = types.SimpleNamespace(BLOCKS=object())
+    engine = replace(portable.BLOCKS, name="te", core_attention="its own", norm="its own")
+    ours = types.SimpleNamespace(BLOCKS=engine)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", working)
@@ -59,6 +61,8 @@ def test_a_working_transformer_engine_is_taken(monkeypatch: pytest.MonkeyPatch) 
     assert select.select_blocks("auto") is ours.BLOCKS
     assert select.select_blocks("te") is ours.BLOCKS
     assert select.select_blocks("portable") is portable.BLOCKS
+    # Its attention would want documents padded under context parallelism; the rest is its own there too.
+    assert select.select_blocks("auto", 2) == replace(engine, core_attention=portable.BLOCKS.core_attention)
 
 
 def test_the_blocks_for_transformer_engine_exist_in_megatron_core_without_it() -> None:
