@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +134,8 @@ def test_a_failing_rank_ends_the_proof_with_its_reason(monkeypatch: pytest.Monke
     with pytest.raises(WorkError, match=r"^joy prove, layout of 2: rank 1: MemoryError: no room for experts$"):
         sabotaged("second_rank_fails", monkeypatch, folder=tmp_path)
     assert (tmp_path / "logs" / "layout" / "rank_1.log").exists()
+
+
+def test_the_command_itself_needs_no_torch() -> None:
+    program = "import sys, megatron_joy.cli.prove_command; assert not {'torch', 'megatron'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, cwd=Path(__file__).parents[2])
