@@ -42,22 +42,21 @@ def choose(folder: Path, process: Process) -> Choice:
     """
     notes: list[str] = []
     for path in together(lambda: candidates(folder) if process.is_first_rank else [])[0]:
-        found = together(partial(_check_share, path, process))
-        problems = [problem for _, share in found for problem in share]
-        checkpoint = found[0][0]
-        if checkpoint is not None and not problems:
-            return Choice(checkpoint, tuple(notes))
+        found = read_candidate(path)
+        shares = together(partial(_problems_in_share, found, process))
+        problems = list(dict.fromkeys(problem for share in shares for problem in share))
+        if isinstance(found, Checkpoint) and not problems:
+            return Choice(found, tuple(notes))
         notes.append(passed_over(path, problems))
     return Choice(None, tuple(notes))
 
 
-def _check_share(path: Path, process: Process) -> tuple[Checkpoint | None, list[Problem]]:
-    """The checkpoint and the problems of every world-size-th file."""
-    checkpoint = read_candidate(path)
-    if isinstance(checkpoint, Problem):
-        return None, [checkpoint] if process.is_first_rank else []
-    share = checkpoint.marker.files[process.info.rank :: process.info.world_size]
-    return checkpoint, file_problems(path, share, full=True)
+def _problems_in_share(found: Checkpoint | Problem, process: Process) -> list[Problem]:
+    """What is wrong with every world-size-th file."""
+    if isinstance(found, Problem):
+        return [found]
+    share = found.marker.files[process.info.rank :: process.info.world_size]
+    return file_problems(found.path, share, full=True)
 
 
 def load_checkpoint(
@@ -73,8 +72,8 @@ def load_checkpoint(
     which model and optimizer must not be used.
     """
     try:
-        reader, wanted = each(lambda: _prepare(checkpoint, chunks, optimizer, process))
-        _check_totality(checkpoint, reader, wanted, with_optimizer=optimizer is not None)
+        reader, wanted, named = each(lambda: _prepare(checkpoint, chunks, optimizer, process))
+        _check_totality(checkpoint, reader, named, with_optimizer=optimizer is not None)
         together(lambda: _read(checkpoint, reader, wanted))
     except RanksFailed as failure:
         raise WorkError(f"{checkpoint.path} could not be loaded: {failure}") from None
@@ -85,20 +84,27 @@ def load_checkpoint(
 
 def _prepare(
     checkpoint: Checkpoint, chunks: Sequence[Any], optimizer: Any | None, process: Process
-) -> tuple[Reader, dict[str, Boxes]]:
+) -> tuple[Reader, dict[str, Boxes], dict[str, tuple[int, ...]]]:
+    """(the reader, what this rank wants to have filled, shapes of the tensors that it would write).
+
+    Between them all ranks would write each tensor; if each named all that it has, thousands would name the same.
+    """
     pieces = pieces_of(chunks, process)
-    wanted = weight_boxes(pieces, to_write=False)
+    wanted, written = (weight_boxes(pieces, to_write, optimizer) for to_write in (False, True))
     if optimizer is not None:
         wanted |= optimizer_boxes(pieces, optimizer, to_write=False)
-    return Reader(checkpoint), wanted
+        written |= optimizer_boxes(pieces, optimizer, to_write=True)
+    return Reader(checkpoint), wanted, {key: tuple(boxes.shape) for key, boxes in written.items()}
 
 
-def _check_totality(checkpoint: Checkpoint, reader: Reader, wanted: dict[str, Boxes], with_optimizer: bool) -> None:
+def _check_totality(
+    checkpoint: Checkpoint, reader: Reader, named: dict[str, tuple[int, ...]], with_optimizer: bool
+) -> None:
     """Every tensor of the model is in the checkpoint with its shape, and the other way round."""
     if with_optimizer and checkpoint.marker.optimizer_step is None:
         raise UserError(f"{checkpoint.path} has weights only, no optimizer state: it can't be resumed from")
     shapes: dict[str, tuple[int, ...]] = {}
-    for share in together(lambda: {key: tuple(boxes.shape) for key, boxes in wanted.items()}):
+    for share in together(lambda: named):
         shapes |= share
     stored = {key: tuple(entry.size) for key, entry in reader.tensors.items()}
     if not with_optimizer:

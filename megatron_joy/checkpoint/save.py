@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save as write
 
 import megatron_joy
@@ -119,12 +120,13 @@ def _write_tensors(save: _Save, tensors: dict[str, Any]) -> list[FileEntry]:
     """Every rank writes and hashes one file, rank 0 the index as well. Returns all files of all ranks."""
     writer = Writer(save.partial)
     try:
-        together(lambda: write(tensors, storage_writer=writer, planner=SavePlanner()))
-    except RanksFailed as failure:
+        write(tensors, storage_writer=writer, planner=SavePlanner())
+    except CheckpointException as failure:  # torch raises it on all ranks
         # What the disk said is clearer than what torch made of it.
         said = together(lambda: one_line(writer.fs.error) if writer.fs.error else None)
         reasons = {rank: reason for rank, reason in enumerate(said) if reason is not None}
-        raise RanksFailed(reasons) if reasons else failure from None
+        raised = {rank: one_line(error) for rank, (error, _) in failure.failures.items()}
+        raise RanksFailed(reasons or raised) from None
     written = together(lambda: list(writer.fs.files.values()))
     return [entry for entries in written for entry in entries]
 

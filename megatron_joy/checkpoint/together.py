@@ -26,12 +26,11 @@ def one_line(error: BaseException) -> str:
 def together[T](action: Callable[[], T]) -> list[T]:
     """Calls `action` on every rank and returns all results in rank order.
 
-    Raises RanksFailed on all ranks if it raised on any. `action` itself must not communicate, or must raise on all
-    ranks when it fails, as torch.distributed.checkpoint does.
+    Raises RanksFailed on all ranks if it raised on any. `action` itself must not communicate.
     """
     try:
         mine: tuple[Any, str | None] = (action(), None)
-    except CheckpointException as error:  # has every rank's exception already
+    except CheckpointException as error:  # torch's wrapping of this rank's own
         mine = (None, one_line(next(iter(error.failures.values()))[0]))
     except Exception as error:
         mine = (None, one_line(error))
