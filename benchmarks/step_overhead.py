@@ -33,6 +33,7 @@ from megatron_joy.train.features.guard import Guard
 from megatron_joy.train.features.metrics import Metrics
 from megatron_joy.train.features.signals import StopOnSignal
 from megatron_joy.train.features.stopwatch import Stopwatch
+from megatron_joy.train.features.terminal import Terminal
 from megatron_joy.train.forward import MicroBatch, forward_step
 from megatron_joy.train.loop import Loop, train
 from megatron_joy.train.run import Progress, Run
@@ -99,7 +100,7 @@ def in_turns(
     bare: list[float] = []
     run = Run(recipe, process, folder, 0, Progress())
     metrics = Metrics(run, OneSource(), None)  # type: ignore[arg-type]
-    features = [Stopwatch(), StopOnSignal(StopRequest()), metrics, Guard()]
+    features = [Stopwatch(), StopOnSignal(StopRequest()), metrics, Terminal(None), Guard()]
     marks: list[float] = []
 
     def turns() -> Iterator[list[Batch]]:

@@ -97,8 +97,9 @@ class World:
             self.asked_to_stop = True
             for process in self._running():
                 process.send_signal(signal.SIGTERM)
-            # Not through sys.stderr: the handler may have interrupted a write to it.
-            os.write(2, b"stopping: the ranks finish their step and checkpoint; the same again kills them\n")
+            # Not through sys.stderr: the handler may have interrupted a write to it. On a terminal a bar is in the way.
+            message = b"stopping: the ranks finish their step and checkpoint; a second signal kills them\n"
+            os.write(2, b"\n" + message if os.isatty(2) else message)
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -208,6 +209,8 @@ def run_local(recipe: Recipe, recipe_name: str, overrides: Sequence[str]) -> int
     Raises UserError for a mistake that the ranks found and WorkError when one failed: what the first one said.
     """
     check(recipe)
+    size = recipe.layout.world_size
+    print(f"{recipe.run.folder}: starting {size} process{'es' if size > 1 else ''}", file=sys.stderr)
     world = start(recipe, recipe_name, overrides)
     with world.forwarding_signals():
         world.wait()

@@ -22,8 +22,9 @@ from megatron_joy.train.features.guard import Guard
 from megatron_joy.train.features.metrics import Metrics
 from megatron_joy.train.features.signals import StopOnSignal
 from megatron_joy.train.features.stopwatch import Stopwatch
+from megatron_joy.train.features.terminal import Terminal
 from megatron_joy.train.features.validation import Validation
-from megatron_joy.train.logs import logging_to_file
+from megatron_joy.train.logs import RankLog
 from megatron_joy.train.loop import Loop, train
 from megatron_joy.train.moments import Feature
 from megatron_joy.train.run import Progress, Run, open_run, recorded
@@ -38,13 +39,13 @@ def pretrain(recipe: Recipe, stop: StopRequest | None = None) -> bool:
     """
     torch.set_num_threads(_threads(recipe))
     process = processes.start(recipe.layout, recipe.seed)
-    with ExitStack() as opened:
+    with RankLog() as log, ExitStack() as opened:
         train_stream, validation_stream = _open_data(recipe, process, opened)
         run = open_run(recipe, process)
         trainer = Trainer(recipe, process, build_model(recipe, process))
         resumed_from, notes = _resume(run, trainer, train_stream)
         opened.enter_context(recorded(run))
-        opened.enter_context(logging_to_file(run))
+        log.open(run)
         features = _features(run, train_stream, validation_stream, stop or StopRequest(), resumed_from)
         loop = Loop(run, trainer, features, notes)
         train(loop, opened.enter_context(_loader(recipe, process, train_stream, run.progress.step)))
@@ -133,7 +134,7 @@ def _features(
         batches = _validation_batches(recipe, run.process, validation_stream)
         features.append(Validation(batches, recipe.train.validation_interval))
     if run.process.is_first_rank:
-        features.append(Metrics(run, train_stream, resumed_from))
+        features += [Metrics(run, train_stream, resumed_from), Terminal(resumed_from)]
     features.append(Guard())
     features.append(Checkpointing(recipe.checkpoint.interval, recipe.checkpoint.keep_last, train_stream.fingerprint()))
     return features
