@@ -4,7 +4,7 @@ Megatron-core has no CPU path. `install()` gives it one when, and only when, tor
 is touched, because other libraries in this process (transformers above all: patched factories silently corrupted its
 rotary tables) must see the real thing. Instead, as each `megatron.core` module is imported,
 
-* its global name `torch` is rebound to a view of torch in which "cuda" means the CPU,
+* its global name `torch` is rebound to a view of torch in which "cuda" means the CPU and gloo takes uneven parts,
 * the names of `REPLACEMENTS` are rebound,
 * in the functions of `REWRITES`, `tensor.cuda()` becomes `tensor.cpu()` and type names such as "torch.cuda.FloatTensor"
   become the CPU's: methods of tensors can't be seen by one module only, so the functions' own names are changed.
@@ -17,7 +17,7 @@ import logging
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
@@ -25,6 +25,7 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_joy.platform.adamw import GroupStepAdamW
 
@@ -257,10 +258,55 @@ def _cuda_view() -> types.ModuleType:
 
 
 _CUDA_ON_CPU = _cuda_view()
+
+
+def _padded(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    out = tensor.new_zeros((rows, *tensor.shape[1:]))
+    out[: len(tensor)] = tensor
+    return out
+
+
+def _even(tensors: Sequence[torch.Tensor]) -> bool:
+    return len({tensor.shape for tensor in tensors}) == 1
+
+
+def all_gather(tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+    """`torch.distributed.all_gather` that lets ranks give different numbers of rows, as NCCL's does and gloo's doesn't.
+
+    Megatron-core asks for it where experts are split over ranks (ETP) that got different numbers of tokens (EP).
+    """
+    if _even(tensor_list) or async_op:
+        return dist.all_gather(tensor_list, tensor, group=group, async_op=async_op)
+    rows = max(len(part) for part in tensor_list)
+    gathered = [part.new_empty((rows, *part.shape[1:])) for part in tensor_list]
+    dist.all_gather(gathered, _padded(tensor, rows), group=group)
+    for part, found in zip(tensor_list, gathered, strict=True):
+        part.copy_(found[: len(part)])
+    return None
+
+
+def reduce_scatter(
+    output: torch.Tensor,
+    input_list: list[torch.Tensor],
+    op: Any = dist.ReduceOp.SUM,
+    group: Any = None,
+    async_op: bool = False,
+) -> Any:
+    """`torch.distributed.reduce_scatter` for parts of different numbers of rows; the way back of `all_gather`."""
+    if _even(input_list) or async_op:
+        return dist.reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
+    rows = max(len(part) for part in input_list)
+    scattered = output.new_empty((rows, *output.shape[1:]))
+    dist.reduce_scatter(scattered, [_padded(part, rows) for part in input_list], op=op, group=group)
+    output.copy_(scattered[: len(output)])
+    return None
+
+
+_DISTRIBUTED_ON_CPU = _View(dist, {"all_gather": all_gather, "reduce_scatter": reduce_scatter})
 _TORCH_ON_CPU = _View(
     torch,
     # "cpu" too, because rewritten functions ask for `torch.cpu.current_device()`
-    {"cuda": _CUDA_ON_CPU, "cpu": _CUDA_ON_CPU}
+    {"cuda": _CUDA_ON_CPU, "cpu": _CUDA_ON_CPU, "distributed": _DISTRIBUTED_ON_CPU}
     | {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES + _FACTORIES_LIKE},
 )
 
