@@ -17,9 +17,16 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "CP2 x EP2": {"context_parallel_size": 2, "expert_model_parallel_size": 2},
     "PP2 x EP2": {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2, "data_parallel_size": 2},
     "CP2 x TP2": {"context_parallel_size": 2, "tensor_model_parallel_size": 2},
+    # Experts both spread and split: the two halves of an expert get different numbers of tokens from each other.
+    "DP2 x TP2 x EP2 x ETP2": {
+        "data_parallel_size": 2,
+        "tensor_model_parallel_size": 2,
+        "expert_model_parallel_size": 2,
+        "expert_tensor_parallel_size": 2,
+    },
 }
 # Gloo makes tensor parallelism slow, and four processes share few cores.
-SLOW = {"TP2 (SP)", "TP2 x EP2 (ETP1)", "TP2 x ETP2", "PP2 x EP2", "CP2 x TP2"}
+SLOW = {"TP2 (SP)", "TP2 x EP2 (ETP1)", "TP2 x ETP2", "PP2 x EP2", "CP2 x TP2", "DP2 x TP2 x EP2 x ETP2"}
 ONE = {"expert_model_parallel_size": 1, "data_parallel_size": 1}
 
 
