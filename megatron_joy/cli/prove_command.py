@@ -1,6 +1,7 @@
 """`joy prove`: a recipe's layout in small, on CPU, against one process."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,6 +56,8 @@ def prove_command(
     fp32. Exits 0 when all are within tolerance, 1 when not.
     """
     resolved = load_recipe(recipe, overrides or [])
+    # By default SIGTERM would leave the scratch folder behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with _progress(steps) as progress:
         proof = prove(resolved, world, steps, keep, on_step=_advance(progress, steps))
     if as_json:
