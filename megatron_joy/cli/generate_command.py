@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from megatron_joy.infer.weights import Weights
 
 
+# One token at a time through narrow matrices, threads wait for each other longer than they work.
+SMALL_WIDTH = 1024
+
+
 @dataclass
 class _Texts:
     """What was written so far, prompt by prompt; `echo` prints it as it comes (one prompt only)."""
@@ -109,6 +113,8 @@ def _decoder(weights: "Weights", precision: str | None) -> "Decoder":
     if precision is not None and precision not in DTYPES:
         raise UserError(f"--precision {precision}: expected {' or '.join(DTYPES)}")
     on_gpu = torch.cuda.is_available()
+    if weights.model.hidden_size < SMALL_WIDTH:
+        torch.set_num_threads(1)
     # bf16 is several times slower than fp32 on most CPUs.
     return build_decoder(weights, precision or (None if on_gpu else "fp32"), torch.device("cuda" if on_gpu else "cpu"))
 

@@ -271,6 +271,7 @@ def _write(job: _Job, partial: Path, advance: Advance) -> Checkpoint:
         layout=job.recipe.layout.model_dump(),
         versions={
             "megatron_joy": megatron_joy.__version__,
+            "megatron_core": version("megatron-core"),
             "torch": torch.__version__,
             "safetensors": version("safetensors"),
         },

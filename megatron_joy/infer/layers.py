@@ -62,8 +62,8 @@ class Attention:
         self.q_b = read(prefix + "q_b_proj.weight")
         self.kv_a, self.kv_norm = read(prefix + "kv_a_proj_with_mqa.weight"), read(prefix + "kv_a_layernorm.weight")
         up = read(prefix + "kv_b_proj.weight").view(model.num_attention_heads, -1, model.kv_lora_rank)  # [n, d + e, r]
-        # [n, d, r] and [n, e, r]
-        self.key_up, self.value_up = up.split([model.qk_nope_head_dim, model.v_head_dim], dim=1)
+        parts = up.split([model.qk_nope_head_dim, model.v_head_dim], dim=1)
+        self.key_up, self.value_up = (part.contiguous() for part in parts)  # [n, d, r], [n, e, r]
         self.out = read(prefix + "o_proj.weight")
 
     def __call__(self, x: Tensor, at: Place, layer: int, cache: LatentCache | None) -> Tensor:

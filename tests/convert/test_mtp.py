@@ -17,12 +17,16 @@ from tests.convert.worlds import MODEL, Reference
 PREFIX = f"model.layers.{MODEL['num_hidden_layers']}."
 
 
-@pytest.fixture(scope="module")
-def model(exported: Path) -> Any:
+def load_main_model(folder: Path) -> Any:
     """transformers' model, which itself leaves the MTP layer out."""
     return AutoModelForCausalLM.from_pretrained(
-        exported, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     ).eval()
+
+
+@pytest.fixture(scope="module")
+def model(exported: Path) -> Any:
+    return load_main_model(exported)
 
 
 def dense_mtp_layer(model: Any, tensors: dict[str, Tensor]) -> MtpLayer:
@@ -39,7 +43,7 @@ def dense_mtp_layer(model: Any, tensors: dict[str, Tensor]) -> MtpLayer:
             continue
         inside = short if short.startswith(outer) else f"mtp_block.{short}"
         state["post_norm.weight" if short == "shared_head.norm.weight" else inside] = tensor
-    layer.load_state_dict(state, strict=True)
+    layer.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True)
     return layer
 
 

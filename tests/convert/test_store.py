@@ -33,7 +33,7 @@ def test_whole_tensors_are_the_models_bits(dtype: str, request: pytest.FixtureRe
             assert torch.equal(found, expected), key
 
 
-@pytest.mark.parametrize("layout", ["tp2", "tp2etp2", "ep2"])
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "tp2etp2", "ep2"])
 def test_boxes_across_the_chunks_of_several_ranks_are_put_together(
     layout: str, reference: Reference, tmp_path: Path
 ) -> None:

@@ -40,6 +40,7 @@ MODEL: dict[str, Any] = {
     "backend": "portable",
 }
 LAYOUTS: dict[str, dict[str, int]] = {
+    "dp2": {"data_parallel_size": 2},
     "tp2": {"tensor_model_parallel_size": 2},
     "pp2vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
     "ep2": {"data_parallel_size": 2, "expert_model_parallel_size": 2},
@@ -115,7 +116,7 @@ def randomize(chunk: Any) -> None:
     with torch.no_grad():
         for parameter in chunk.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if parameter.dim() == 1 else 0.15 * noise)
+            parameter.copy_(1 + 0.2 * noise if parameter.dim() == 1 else 0.1 * noise)
         for name, buffer in chunk.named_buffers():
             if name.endswith("expert_bias"):
                 buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
