@@ -1,10 +1,12 @@
 """Parameter counts are exact: against the published model's arithmetic and a closed form of our own."""
 
+import json
 import random
 
 import pytest
 import torch
 
+from megatron_joy.cli.main import main
 from megatron_joy.model.size import KINDS, _kind, parameter_counts
 from megatron_joy.platform.process import start
 from megatron_joy.recipe import list_recipes, load_recipe
@@ -124,3 +126,13 @@ def test_counting_leaves_no_process_group_behind_and_refuses_to_replace_others()
     parameter_counts(RECIPES["joyai_tiny"])
     assert not torch.distributed.is_initialized()
     assert all("has joined a world" in said for said in run_world(_count_in_a_world_of_two, 2))
+
+
+def test_the_command_tells_kinds_sums_and_readings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe", "show", "joyai_48b_a3b", "--size", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["total"], told["mtp"], told["active"]) == (48_942_542_592, 78_786_560, 3_304_320_768)
+    assert {"kind": "router bias", "total": 9_984, "active": 9_984} in told["kinds"]
+    assert main(["recipe", "show", "joyai_48b_a3b", "--size"]) == 0
+    shown = capsys.readouterr().out
+    assert "48,942,542,592" in shown and "78,786,560" in shown and "2,774,789,888" in shown
