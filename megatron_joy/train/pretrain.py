@@ -88,8 +88,9 @@ def _resume(run: Run, trainer: Trainer, stream: SampleStream) -> tuple[str | Non
     checkpoint = choice.checkpoint
     if checkpoint is None:
         return None, choice.notes
-    trained_on = checkpoint.state["data_fingerprint"]
-    if trained_on != stream.fingerprint():
+    # Weights alone have none; loading refuses them in its own words.
+    trained_on = checkpoint.state.get("data_fingerprint")
+    if trained_on is not None and trained_on != stream.fingerprint():
         raise UserError(
             f"{checkpoint.path}: was trained on other data (fingerprint {trained_on[:12]}, data.train now has "
             f"{stream.fingerprint()[:12]}); put the old shards back or name a new run.folder"

@@ -1,7 +1,10 @@
 """What bad input gets: one clear line, exit code 2 on every rank, no traceback, nothing written or lost."""
 
+import fcntl
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -123,15 +126,32 @@ def test_a_folder_that_cannot_be_made_is_refused(home: Path, tmp_path: Path) -> 
 
 
 def test_a_run_that_is_being_trained_is_refused_to_a_second_process(home: Path, stopped: Path) -> None:
-    import fcntl
-    import os
-
     other = os.open(stopped, os.O_RDONLY)  # as the first process holds it
     fcntl.flock(other, fcntl.LOCK_EX)
     before = tree(stopped)
     assert "another process trains this run now" in the_one_line(train(home, stopped, EP2))
     assert tree(stopped) == before
     os.close(other)
+
+
+def _weights_alone() -> None:
+    """Checkpoints are written as conversion writes them: without optimizer and without the loop's state."""
+    from megatron_joy.train.features import checkpointing
+
+    save = checkpointing.save_checkpoint
+
+    def then(folder: Path, step: int, **more: Any) -> Path:
+        return save(folder, step, **more | {"optimizer": None, "state": {}})
+
+    checkpointing.save_checkpoint = then
+
+
+def test_weights_alone_are_not_taken_for_a_run_to_go_on_with(home: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(home, run, ONE, "train.steps=2", "schedule.decay_steps=0", before=_weights_alone)
+    before = tree(run)
+    assert "has weights only, no optimizer state: it can't be resumed from" in the_one_line(train(home, run, ONE))
+    assert tree(run) == before
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])

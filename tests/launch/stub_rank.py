@@ -1,0 +1,69 @@
+"""A rank that follows a script instead of training: `python stub_rank.py SCRIPT.json`, a list of [action, value].
+
+A launcher (`python stub_rank.py --launch RECIPE SCRIPT.json`) of such ranks is here too, for tests that kill it.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from launch.reasons import Reason, tell_launcher
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def note_pid(folder: str) -> None:
+    """Leaves this process's id where the test finds it."""
+    (Path(folder) / f"pid_{RANK}").write_text(str(os.getpid()))
+
+
+def checkpoint_on_term(code: int) -> None:
+    """Leaves with a code when SIGTERM comes, as training does."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+
+
+def tell(reason: list[Any]) -> None:
+    """Gives the launcher [exit code, message]."""
+    if not tell_launcher(Reason(RANK, *reason)):
+        raise SystemExit(99)
+
+
+def ignores_interrupts(code: int) -> None:
+    """Leaves with a code when Ctrl-C would reach this process."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        os._exit(code)
+
+
+ACTIONS = {
+    "note_pid": note_pid,
+    "checkpoint_on_term": checkpoint_on_term,
+    "ignore_term": lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN),
+    "tell": tell,
+    "ignores_interrupts": ignores_interrupts,
+    "sleep": time.sleep,
+    "print": lambda text: print(text, flush=True),
+    "wait_for": lambda path: [time.sleep(0.02) for _ in iter(lambda: Path(path).exists(), True)],
+    "kill": lambda number: os.kill(os.getpid(), number),
+    "exit": lambda code: os._exit(code),
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Plays this rank's part."""
+    if arguments[0] == "--launch":
+        from launch import local
+        from megatron_joy.recipe import load_recipe
+
+        local.rank_command = lambda *_: [sys.executable, __file__, arguments[2]]  # type: ignore[assignment]
+        local.run_local(load_recipe(arguments[1]), arguments[1], [])
+        return
+    for action, value in json.loads(Path(arguments[0]).read_text())[RANK]:
+        ACTIONS[action](value)  # type: ignore[operator]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
