@@ -126,6 +126,11 @@ def alone() -> Iterator[Process]:
             stop()
 
 
+def tensor_parallel_group() -> dist.ProcessGroup:
+    """For modules that Megatron-core builds without a group: it gives none to duplicated linears."""
+    return parallel_state.get_tensor_model_parallel_group()
+
+
 def is_first_stage(virtual_stage: int | None) -> bool:
     """Whether this pipeline chunk holds the embedding."""
     return bool(parallel_state.is_pipeline_first_stage(ignore_virtual=virtual_stage is None, vp_stage=virtual_stage))

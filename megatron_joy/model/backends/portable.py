@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_joy.model.backends.blocks import Blocks
 from megatron_joy.model.backends.portable_attention import PortableAttention
 from megatron_joy.model.backends.portable_experts import PortableGroupedExperts
+from megatron_joy.platform.process import tensor_parallel_group
 
 
 def _device(config: TransformerConfig) -> torch.device:
@@ -77,10 +78,14 @@ class PortableLinear(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """One whole tensor, replicated over TP."""
-        state = self.state_dict(prefix="", keep_vars=True)
+        """One whole tensor; TP rank 0 has the main copy."""
         return make_sharded_tensors_for_checkpoint(
-            state, prefix, None, sharded_offsets, dp_cp_group=(metadata or {}).get("dp_cp_group")
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            None,
+            sharded_offsets,
+            tp_group=tensor_parallel_group(),
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
         )
 
 
