@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_joy.checkpoint.boxes import Piece, boxes_of_range, flat_boxes
@@ -20,6 +20,7 @@ def ranges(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int]:
     return shape, start, draw(st.integers(start, count))
 
 
+@settings(deadline=None)
 @given(ranges())
 def test_a_flat_range_is_cut_into_boxes_that_hold_its_elements_in_order(case: tuple[tuple[int, ...], int, int]) -> None:
     shape, start, end = case
@@ -29,12 +30,14 @@ def test_a_flat_range_is_cut_into_boxes_that_hold_its_elements_in_order(case: tu
     assert np.array_equal(np.concatenate([*found, np.array([], int)]), np.arange(start, end))
 
 
+@settings(deadline=None)
 @given(ranges())
 def test_a_flat_range_of_n_dimensions_is_at_most_2n_minus_1_boxes(case: tuple[tuple[int, ...], int, int]) -> None:
     shape, start, end = case
     assert len(flat_boxes(shape, start, end)) <= 2 * len(shape) - 1
 
 
+@settings(deadline=None)
 @given(ranges(), st.data())
 def test_the_boxes_of_pieces_put_each_element_where_the_piece_lies_in_the_global_tensor(
     case: tuple[tuple[int, ...], int, int], data: st.DataObject
