@@ -5,35 +5,43 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from megatron_joy.convert.logits import transformers_logits
 from tests.convert.worlds import Reference
+
+BESIDE = """
+import sys, numpy, torch
+from pathlib import Path
+from megatron_joy.convert.logits import megatron_logits, transformers_logits
+from megatron_joy.platform.cpu import install
+checkpoint, folder, ids, out = sys.argv[1:]
+ids = torch.from_numpy(numpy.load(ids))
+ours = megatron_logits(Path(checkpoint), ids, "fp32")
+assert torch.cuda.is_available() or install() is True
+numpy.save(out, transformers_logits(Path(folder), ids).numpy())
+print("difference", float((ours - torch.from_numpy(numpy.load(out))).abs().max()))
+"""
+ALONE = """
+import sys, numpy, torch
+from pathlib import Path
+from megatron_joy.convert.logits import transformers_logits
+_, folder, ids, out = sys.argv[1:]
+numpy.save(out, transformers_logits(Path(folder), torch.from_numpy(numpy.load(ids))).numpy())
+assert not any(name.startswith("megatron.core") for name in sys.modules)
+"""
 
 
 def test_transformers_computes_the_same_with_and_without_stand_ins(
     exported: Path, reference: Reference, tmp_path: Path
 ) -> None:
-    """In one process: a Megatron-core model is built behind the stand-ins, then transformers loads and computes."""
-    ids = reference.outputs["ids"][:1]
-    np.save(tmp_path / "ids.npy", ids.numpy())
-    script = (
-        "import sys, numpy, torch\n"
-        "from pathlib import Path\n"
-        "from megatron_joy.platform import cpu, process\n"
-        "from megatron_joy.convert.logits import megatron_logits, transformers_logits\n"
-        "from megatron_joy.platform.cpu import install\n"
-        "checkpoint, folder, ids, out = sys.argv[1:]\n"
-        "ids = torch.from_numpy(numpy.load(ids))\n"
-        "ours = megatron_logits(Path(checkpoint), ids, 'fp32')\n"
-        "assert torch.cuda.is_available() or install() is True\n"
-        "numpy.save(out, transformers_logits(Path(folder), ids).numpy())\n"
-        "print('difference', float((ours - torch.from_numpy(numpy.load(out))).abs().max()))\n"
-    )
-    arguments = [str(reference.checkpoint), str(exported), str(tmp_path / "ids.npy"), str(tmp_path / "out.npy")]
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
-    beside = torch.from_numpy(np.load(tmp_path / "out.npy"))
-    assert not any(name.startswith("megatron.core") for name in sys.modules)  # this process has no stand-ins
-    alone = transformers_logits(exported, ids)
-    torch.testing.assert_close(beside, alone, atol=0, rtol=0)
-    assert float(done.stdout.split("difference")[1]) < 1e-5
+    """Two processes: in one a Megatron-core model is built behind the stand-ins first, in one nobody imports it."""
+    np.save(tmp_path / "ids.npy", reference.outputs["ids"][:1].numpy())
+
+    def computed(script: str, name: str) -> tuple[np.ndarray, str]:
+        arguments = [str(reference.checkpoint), str(exported), str(tmp_path / "ids.npy"), str(tmp_path / name)]
+        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+        return np.load(tmp_path / name), done.stdout
+
+    beside, said = computed(BESIDE, "beside.npy")
+    alone, _ = computed(ALONE, "alone.npy")
+    np.testing.assert_array_equal(beside, alone)
+    assert float(said.split("difference")[1]) < 1e-5

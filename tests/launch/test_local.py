@@ -64,10 +64,11 @@ def test_ranks_that_were_stopped_are_a_stopped_run(play: Play) -> None:
 def test_a_killed_rank_is_named_with_its_signal_and_the_others_are_ended(play: Play, victim: int) -> None:
     script: Script = [[["sleep", 60]], [["sleep", 60]]]
     script[victim] = [["sleep", 0.3], ["kill", int(signal.SIGKILL)]]
+    before = psutil.Process().children()  # the test process may have helpers of its own
     with pytest.raises(WorkError) as failed:
         play(script)
     assert str(failed.value) == f"rank {victim} was killed by SIGKILL (by the kernel, if memory ran out)"
-    assert psutil.Process().children() == []
+    assert set(psutil.Process().children()) <= set(before)
 
 
 def test_a_killed_rank_is_the_cause_of_what_others_say_at_once(play: Play, tmp_path: Path) -> None:

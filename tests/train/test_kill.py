@@ -46,7 +46,8 @@ def test_kills_at_random_points_change_no_bit(
     ended = train(home, tmp_path / "run", layout)
     assert_bit_identical(ended, unbroken(layout))
     assert [event["attempt"] for event in ended.events if event["kind"] in ("start", "resume")] == [0, 1, 2]
-    assert not [event for event in ended.events if event["attempt"] < 2 and event["kind"] in ("stop", "error")]
+    # No attempt had time for a stop; a rank that outlives another by a moment may still say that its peer is gone.
+    assert not [event for event in ended.events if event["attempt"] < 2 and event["kind"] == "stop"]
 
 
 def _amid_the_tensors() -> None:
