@@ -41,11 +41,11 @@ data-demo: $(STAMP) ## Run only the demo's data pipeline: text to tokens in data
 	@$(BIN)/joy data run data_pipeline/pipelines/demo.toml
 
 clean: ## Remove .venv and what tools cached (not runs/, not data/)
-	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info data_pipeline/native/*.so
 
 # An environment whose interpreter no longer runs (a moved clone, a removed Python) is made anew.
 # uv installs in a fraction of pip's time; it knows nothing of pip's configuration, so where it fails, pip is asked.
-$(STAMP): setup.cfg pyproject.toml
+$(STAMP): setup.cfg setup.py pyproject.toml $(wildcard data_pipeline/native/*.c)
 	@python=$$(tools/find_python.sh); \
 	if ! $(BIN)/python -c '' 2>/dev/null; then \
 		echo "creating $(VENV) with $$python"; \

@@ -109,8 +109,7 @@ def resume(demo: Demo) -> None:
                 raise WorkError(f"step {step}: {key} {first[step][key]!r} before the kill, {second[step][key]!r} after")
     demo.repeated = len(twice)
     console.print(
-        f"steps {twice[0]} to {twice[-1]} were trained twice: losses and gradient norms are equal "
-        "[bold]bit for bit[/]",
+        f"steps {twice[0]} to {twice[-1]} were trained twice: losses and gradient norms are equal [bold]bit for bit[/]",
         soft_wrap=True,
     )
 

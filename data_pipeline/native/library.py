@@ -1,0 +1,40 @@
+"""The compiled kernels and their signatures."""
+
+import ctypes
+import importlib.util
+from functools import cache
+
+import numpy as np
+from numpy.ctypeslib import ndpointer
+
+from megatron_joy.errors import UserError
+
+BYTES, U32 = ndpointer(np.uint8), ndpointer(np.uint32)
+U64, I64 = ndpointer(np.uint64), ndpointer(np.int64)
+SIZE, POINTS, NUMBER = ctypes.c_int64, ctypes.c_uint32, ctypes.c_int
+FOLDING = (U32, POINTS, U32)  # table, its length, pool
+FUNCTIONS = {
+    "joy_signatures": (None, (BYTES, I64, SIZE, *FOLDING, U32, U32, NUMBER, NUMBER, U32, I64)),
+    "joy_shingles": (SIZE, (BYTES, SIZE, *FOLDING, NUMBER, U64)),
+    "joy_shared": (None, (U64, I64, I64, I64, SIZE, I64)),
+    "joy_sort_rows": (None, (U64, U64, SIZE)),
+    "joy_union": (None, (I64, I64, I64, SIZE)),
+    "joy_flatten": (None, (I64, SIZE)),
+}
+
+
+@cache
+def kernels() -> ctypes.CDLL:
+    """The library, loaded once. Raises UserError when it was not built."""
+    found = importlib.util.find_spec("data_pipeline.native._kernels")
+    if found is None or found.origin is None:
+        raise UserError(
+            "data_pipeline.native._kernels: not built, expected a compiled library beside kernels.c; run `make setup` "
+            "(or pip install -e .), which needs a C compiler"
+        )
+    library = ctypes.CDLL(found.origin)
+    for name, (result, arguments) in FUNCTIONS.items():
+        function = getattr(library, name)  # kept by the library, unlike library[name]
+        function.restype = result
+        function.argtypes = arguments
+    return library
