@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from megatron_joy.model.backends.select import transformer_engine_problem
 from megatron_joy.recipe.schema import Recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -94,6 +95,15 @@ def _layout(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _fp8(recipe: Recipe) -> dict[str, Any]:
+    """What Megatron-core tells Transformer Engine; nothing where that isn't there or our own blocks emulate FP8."""
+    fp8 = recipe.precision.fp8
+    if fp8.recipe == "off" or fp8.emulate or transformer_engine_problem() is not None:
+        return {}
+    # Transformer Engine's FP8 products want whole groups of tokens for each expert.
+    return {"fp8": fp8.format, "fp8_recipe": fp8.recipe, "moe_router_padding_for_quantization": True}
+
+
 def transformer_config(recipe: Recipe) -> MLATransformerConfig:
     """Megatron-core's configuration of the recipe's model under the recipe's layout and precision."""
     dtype = DTYPES[recipe.precision.params_dtype]
@@ -102,6 +112,7 @@ def transformer_config(recipe: Recipe) -> MLATransformerConfig:
         **_experts(recipe),
         **_layout(recipe),
         **RECOMPUTE[recipe.train.recompute],
+        **_fp8(recipe),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,

@@ -1,5 +1,6 @@
 """Megatron-core's layer specifications for JoyAI, made from a backend's blocks."""
 
+from collections.abc import Mapping
 from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -45,9 +46,16 @@ def _attention(blocks: Blocks) -> ModuleSpec:
     )
 
 
-def _feed_forward(blocks: Blocks) -> tuple[ModuleSpec, ModuleSpec]:
-    linears = MLPSubmodules(linear_fc1=blocks.column_linear, linear_fc2=blocks.row_linear)
-    experts = MoESubmodules(experts=blocks.grouped_experts, shared_experts=partial(SharedExpertMLP, submodules=linears))
+def _linears(blocks: Blocks) -> MLPSubmodules:
+    return MLPSubmodules(linear_fc1=blocks.column_linear, linear_fc2=blocks.row_linear)
+
+
+def _feed_forward(blocks: Blocks, parts: Mapping[str, Blocks]) -> tuple[ModuleSpec, ModuleSpec]:
+    linears = _linears(parts.get("dense_mlp", blocks))
+    experts = MoESubmodules(
+        experts=parts.get("routed_experts", blocks).grouped_experts,
+        shared_experts=partial(SharedExpertMLP, submodules=_linears(parts.get("shared_experts", blocks))),
+    )
     dense = ModuleSpec(
         module=MLPLayer,
         submodules=TransformerLayerSubmodules(
@@ -65,15 +73,19 @@ def _feed_forward(blocks: Blocks) -> tuple[ModuleSpec, ModuleSpec]:
     return dense, sparse
 
 
-def stack_spec(blocks: Blocks) -> ModuleSpec:
-    """The specification of HybridModel's layer kinds: MLA, dense MLP, MoE and the MTP layer around them."""
-    dense, sparse = _feed_forward(blocks)
+def stack_spec(blocks: Blocks, parts: Mapping[str, Blocks] | None = None) -> ModuleSpec:
+    """The specification of HybridModel's layer kinds: MLA, dense MLP, MoE and the MTP layer around them.
+
+    parts: other blocks for some parts of the model (see `backends.select.fp8_blocks`).
+    """
+    parts = parts or {}
+    dense, sparse = _feed_forward(blocks, parts)
     prediction_layer = ModuleSpec(
         module=MultiTokenPredictionLayer,
         submodules=MultiTokenPredictionLayerSubmodules(
             enorm=blocks.norm,
             hnorm=blocks.norm,
-            eh_proj=blocks.column_linear,
+            eh_proj=parts.get("mtp_projection", blocks).column_linear,
             mtp_model_layer=None,  # HybridModel builds it from the pattern
             layer_norm=blocks.norm,
         ),
@@ -81,7 +93,7 @@ def stack_spec(blocks: Blocks) -> ModuleSpec:
     return ModuleSpec(
         module=HybridStack,
         submodules=HybridStackSubmodules(
-            mla_layer=_attention(blocks),
+            mla_layer=_attention(parts.get("attention", blocks)),
             mlp_layer=dense,
             moe_layer=sparse,
             mtp_block_spec=ModuleSpec(

@@ -1,7 +1,8 @@
 """Every place where something of Megatron-core is replaced, and why; `tests/platform` checks that each still exists.
 
-Three occasions: without a GPU (`cpu.REPLACEMENTS`, `cpu.REWRITES`), always (`ALWAYS`: a defect of Megatron-core on
-every platform), and only while a model is being built (`BUILDING`: extension points that Megatron-core lacks).
+Four occasions: without a GPU (`cpu.REPLACEMENTS`, `cpu.REWRITES`), always (`ALWAYS`: a defect of Megatron-core on
+every platform), only while a model is being built (`BUILDING`: extension points that Megatron-core lacks), and in
+classes of ours that are derived from Megatron-core's (`OVERRIDDEN`).
 """
 
 import importlib
@@ -39,6 +40,25 @@ FINAL_NORM = Rebinding(
     "the stack's final norm is not in its specification but this name",
 )
 BUILDING: tuple[Rebinding, ...] = (DUPLICATED_LINEAR, FINAL_NORM)
+
+
+@dataclass(frozen=True)
+class Override:
+    """A method of a Megatron-core class, no public one, that a class of ours defines anew, and why."""
+
+    module: str
+    qualname: str
+    reason: str
+
+
+OVERRIDDEN: tuple[Override, ...] = tuple(
+    Override(
+        "megatron.core.tensor_parallel.layers",
+        f"{name}._forward_impl",
+        "the one place of a parallel linear that multiplies: emulated FP8 rounds the operands there",
+    )
+    for name in ("ColumnParallelLinear", "RowParallelLinear")
+)
 
 
 def rebind(entry: Rebinding, value: Any) -> Any:

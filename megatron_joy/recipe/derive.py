@@ -21,8 +21,14 @@ def nearest_split(layers: int, chunks: int) -> list[int]:
     return [small + (index < more) for index in range(chunks)]
 
 
+def gradient_format(recipe: Recipe) -> str | None:
+    """Fine groups need no wide exponent (DeepSeek-V3, section 3.3.2); a whole tensor's gradients do."""
+    return {"off": None, "tensorwise": "hybrid"}.get(recipe.precision.fp8.recipe, "e4m3")
+
+
 DERIVED: dict[str, Callable[[Recipe], Any]] = {
     "layout.pipeline_layer_counts": equal_split,
+    "precision.fp8.format": gradient_format,
     "run.folder": lambda recipe: f"runs/{recipe.name}",
 }
 
@@ -57,6 +63,15 @@ MOOT: tuple[Moot, ...] = (
         ("model.num_nextn_predict_layers",),
         lambda recipe: recipe.model.num_nextn_predict_layers == 0,
         "there is no MTP layer",
+    ),
+    *(
+        Moot(
+            f"precision.fp8.{key}",
+            ("precision.fp8.recipe",),
+            lambda recipe: recipe.precision.fp8.recipe == "off",
+            "no product is in FP8",
+        )
+        for key in ("format", "high_precision", "emulate")
     ),
     Moot(
         "layout.virtual_pipeline_model_parallel_size",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .derive import DERIVED, MOOT
-from .fields import section_of
+from .fields import section_of, value_at
 from .schema import Recipe, Section
 
 
@@ -35,9 +35,8 @@ def _comments(recipe: Recipe) -> dict[str, str]:
     """Keys that are written as comments, with the reason."""
     notes = {moot.key: f"no effect here: {moot.why}" for moot in MOOT if moot.why and moot.when(recipe)}
     for key, rule in DERIVED.items():
-        section, name = key.split(".")
-        if getattr(getattr(recipe, section), name) == rule(recipe):
-            notes[key] = "derived"
+        if value_at(recipe, key) == rule(recipe):
+            notes.setdefault(key, "derived")
     return notes
 
 

@@ -126,10 +126,12 @@ def value_at(recipe: Recipe, key: str) -> Any:
 
 def with_value(recipe: Recipe, key: str, value: Any) -> Recipe:
     """A copy of the recipe with another value at a dotted key; the value is trusted."""
-    section, _, name = key.rpartition(".")
-    if not section:
-        return recipe.model_copy(update={name: value})
-    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update={name: value})})
+    return _replaced(recipe, key.split("."), value)
+
+
+def _replaced[T: BaseModel](section: T, path: list[str], value: Any) -> T:
+    name, *rest = path
+    return section.model_copy(update={name: _replaced(getattr(section, name), rest, value) if rest else value})
 
 
 def default_of(info: FieldInfo) -> Any:

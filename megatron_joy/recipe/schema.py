@@ -5,7 +5,7 @@ Only single-field rules live here. What relates two keys is in `validate.py`; wh
 (docs/glossary.md has the table).
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -107,10 +107,33 @@ class LayoutSection(Section):
         return self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
 
 
+Fp8Part = Literal["attention", "dense_mlp", "shared_experts", "routed_experts", "mtp_projection"]
+FP8_PARTS: tuple[Fp8Part, ...] = get_args(Fp8Part)
+
+
+class Fp8Section(Section):
+    """FP8 matrix products. Embedding, head, router, norms and the attention core never have them."""
+
+    recipe: Literal["off", "tensorwise", "blockwise", "mxfp8"] = Field(
+        "off",
+        description="What shares a scale: a tensor (current amax), 1x128 and 128x128 blocks, or 1x32 (Blackwell).",
+    )
+    format: Literal["e4m3", "hybrid"] | None = Field(
+        None, description="Gradients in E4M3 or in E5M2 (hybrid); derived: hybrid for tensorwise, else e4m3."
+    )
+    high_precision: list[Fp8Part] = Field(
+        default_factory=list, description="Parts whose products stay in params_dtype, in the MTP layer too."
+    )
+    emulate: bool = Field(
+        False, description="Same rounding in plain torch, on any machine, slowly; off: Transformer Engine on a GPU."
+    )
+
+
 class PrecisionSection(Section):
     """Number formats of training. Router scores and losses are always fp32."""
 
     params_dtype: Literal["fp32", "bf16"] = Field("bf16", description="Weights and activations; masters stay fp32.")
+    fp8: Fp8Section = Field(default_factory=Fp8Section)
 
 
 class SourceEntry(Section):

@@ -46,7 +46,10 @@ def main() -> None:
     found = {
         f"{entry.module}:{entry.name}": describe(entry.module, entry.name)
         for entry in (*cpu.REPLACEMENTS, *replacements.ALWAYS, *replacements.BUILDING)
-    } | {f"{entry.module}:{entry.qualname}": describe(entry.module, entry.qualname) for entry in cpu.REWRITES}
+    } | {
+        f"{entry.module}:{entry.qualname}": describe(entry.module, entry.qualname)
+        for entry in (*cpu.REWRITES, *replacements.OVERRIDDEN)
+    }
     modules = [m for name, m in sys.modules.items() if name.startswith("megatron.core") and m is not None]
     found["installed"] = {
         "returned": installed,

@@ -68,6 +68,13 @@ def test_a_rebound_name_is_still_there(entry: replacements.Rebinding, pristine: 
     assert "missing" not in theirs, about(entry, entry.name, f"It is gone: {theirs['missing']}")
 
 
+@pytest.mark.parametrize("entry", replacements.OVERRIDDEN, ids=lambda e: f"{e.module}.{e.qualname}")
+def test_an_overridden_method_is_still_there(entry: replacements.Override, pristine: dict[str, Any]) -> None:
+    theirs = pristine[f"{entry.module}:{entry.qualname}"]
+    assert "missing" not in theirs, about(entry, entry.qualname, f"It is gone: {theirs['missing']}")
+    assert theirs["parameters"][:3] == ["self", "input", "weight"], about(entry, entry.qualname, "It takes others now.")
+
+
 def test_our_mtp_loss_takes_what_megatron_core_passes(pristine: dict[str, Any]) -> None:
     entry = replacements.MTP_LOSS
     theirs = pristine[f"{entry.module}:{entry.name}"]["parameters"]

@@ -64,11 +64,15 @@ class PortableGroupedExperts(MegatronModule):
             nothing = permuted_tokens * permuted_probs.unsqueeze(-1).to(permuted_tokens.dtype)
             return nothing + 0.0 * (self.linear_fc1.sum() + self.linear_fc2.sum()), None
         ends = torch.as_tensor(tokens_per_expert, device=permuted_tokens.device).cumsum(0).to(torch.int32)  # [E]
-        inner = F.grouped_mm(permuted_tokens, self.linear_fc1.transpose(1, 2), offs=ends)  # [T, 2f]
+        inner = self.product(permuted_tokens, self.linear_fc1, ends)  # [T, 2f]
         gate, up = inner.chunk(2, dim=-1)
         hidden = F.silu(gate) * up * permuted_probs.unsqueeze(-1).to(inner.dtype)  # [T, f]
         # grouped_mm refuses the expanded gradient that some reductions hand back; the clone makes it contiguous.
-        return _ContiguousGradient.apply(F.grouped_mm(hidden, self.linear_fc2.transpose(1, 2), offs=ends)), None
+        return _ContiguousGradient.apply(self.product(hidden, self.linear_fc2, ends)), None
+
+    def product(self, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        """x [T, in] sorted by expert, weight [E, out, in], ends int32 [E] (last rows plus one) -> [T, out]."""
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
 
     def backward_dw(self) -> None:
         """Weight gradients are never delayed here."""

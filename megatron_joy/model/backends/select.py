@@ -8,6 +8,8 @@ import torch
 
 from megatron_joy.errors import UserError
 from megatron_joy.model.backends.blocks import Blocks
+from megatron_joy.precision.emulation import Emulation
+from megatron_joy.recipe.schema import FP8_PARTS, Fp8Section, Recipe
 
 
 def transformer_engine_problem() -> str | None:
@@ -37,3 +39,32 @@ def select_blocks(backend: Literal["auto", "portable", "te"], context_parallel_s
         return portable
     engine: Blocks = importlib.import_module("megatron_joy.model.backends.te").BLOCKS
     return engine if context_parallel_size == 1 else replace(engine, core_attention=portable.core_attention)
+
+
+def fp8_blocks(fp8: Fp8Section, blocks: Blocks) -> dict[str, Blocks]:
+    """The parts of a model (`recipe.schema.FP8_PARTS`) whose blocks aren't `blocks`, under an FP8 recipe.
+
+    Emulated, these are the parts with FP8. Transformer Engine has FP8 everywhere under Megatron-core's context, so
+    there they are the parts without. Raises UserError where neither can be had.
+    """
+    if fp8.recipe == "off":
+        return {}
+    if fp8.emulate:
+        emulated = importlib.import_module("megatron_joy.model.backends.emulated").emulated_blocks
+        quantized: Blocks = emulated(Emulation(fp8.recipe, fp8.format or "e4m3"))
+        return {part: quantized for part in FP8_PARTS if part not in fp8.high_precision}
+    if blocks.name != "te":
+        problem = transformer_engine_problem() or f"the backend is {blocks.name}"
+        raise UserError(
+            f'precision.fp8.recipe: "{fp8.recipe}" runs in Transformer Engine on a GPU, but {problem}; '
+            "set precision.fp8.emulate = true for the same rounding in plain torch"
+        )
+    outside = importlib.import_module("megatron_joy.model.backends.te").without_fp8
+    return {part: outside(blocks) for part in fp8.high_precision}
+
+
+def blocks_of(recipe: Recipe) -> tuple[Blocks, dict[str, Blocks]]:
+    """A recipe's blocks, and those of the parts that have others. Raises UserError where they can't run here."""
+    fp8 = recipe.precision.fp8
+    blocks = select_blocks("portable" if fp8.emulate else recipe.model.backend, recipe.layout.context_parallel_size)
+    return blocks, fp8_blocks(fp8, blocks)
