@@ -26,6 +26,8 @@ MAY_CHANGE: dict[str, bool] = {
     "layout": True,
     # Optimizer state of another format would be read as if it were this one.
     "precision": False,
+    # Rounds the operands of products; no weight and no state is stored in it.
+    "precision.fp8": True,
     # Sample k is a function of these: another value would repeat or skip text.
     "data.sequence_length": False,
     "data.train": False,
