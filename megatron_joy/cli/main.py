@@ -36,6 +36,7 @@ COMMANDS: dict[str, Command] = {
         "recipe": "list and show recipes, their keys and their parameter counts",
         "data": "from text to shards; verify, inspect and trace them",
         "tokenizer": "train a tokenizer",
+        "plan": "what a run will do: its stages, and what it reads of each source",
         "prove": "a recipe's layout in small on CPU against one process",
         "pretrain": "the training process itself (what launchers start on each rank)",
         "launch": "start a run on this machine, under Slurm or under MPI",

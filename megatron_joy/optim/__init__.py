@@ -1,4 +1,4 @@
-"""Optimizers, their parameter groups, and what the learning rate is at each step."""
+"""Optimizers and their parameter groups."""
 
 from megatron_joy.platform import cpu
 

@@ -18,6 +18,7 @@ from megatron_joy.recipe.schema import (
     PrecisionSection,
     Recipe,
     RunSection,
+    ScheduleSection,
 )
 from megatron_joy.recipe.validate import validate
 
@@ -78,6 +79,7 @@ def shrink(recipe: Recipe, processes: int, steps: int) -> Shrunk:
     small = small.model_copy(update={"model": _model(small)})
     small = small.model_copy(update={"data": _data(small)})
     small = small.model_copy(update={"train": _train(small, steps), "schedule": _schedule(small, steps)})
+    small = small.model_copy(update={"stages": []})
     small = small.model_copy(
         update={
             "precision": PrecisionSection(params_dtype="fp32"),
@@ -204,7 +206,10 @@ def _train(recipe: Recipe, steps: int) -> Any:
 
 
 def _schedule(recipe: Recipe, steps: int) -> Any:
-    """Warm-up and decay inside the short run, where the recipe has them."""
+    """Warm-up and decay inside the short run, where the recipe has them; of stages the highest rate."""
+    if recipe.stages:
+        rates = [rate for stage in recipe.stages for rate in (stage.start_lr, stage.end_lr) if rate]
+        return ScheduleSection(peak_lr=max(rates), final_lr=min(rates), warmup_steps=steps // 4, decay_steps=steps // 4)
     schedule = recipe.schedule
     warmup, decay = min(schedule.warmup_steps, steps // 4), min(schedule.decay_steps, steps // 4)
     return schedule.model_copy(update={"warmup_steps": warmup, "decay_steps": decay})
@@ -229,7 +234,7 @@ def _changes(recipe: Recipe, small: Recipe) -> list[Change]:
         Change(key, value_at(recipe, key), value_at(small, key), why)
         for key, why in COMPARED.items()
         if value_at(recipe, key) != value_at(small, key)
-    ]
+    ] + ([Change("stages", [stage.name for stage in recipe.stages], [], SHORT)] if recipe.stages else [])
 
 
 def one_process(recipe: Recipe) -> Recipe:

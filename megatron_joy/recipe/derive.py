@@ -56,6 +56,8 @@ class Moot:
     why: str = ""
 
 
+OF_ONE_STAGE = ("peak_lr", "final_lr", "warmup_steps", "decay_steps", "decay_shape")
+
 # In this order: the pipeline's cuts look at VPP after VPP itself may have gone.
 MOOT: tuple[Moot, ...] = (
     Moot(
@@ -93,13 +95,13 @@ MOOT: tuple[Moot, ...] = (
     Moot(
         "schedule.decay_shape",
         ("schedule.decay_steps",),
-        lambda recipe: recipe.schedule.decay_steps == 0,
+        lambda recipe: recipe.schedule.decay_steps == 0 and not recipe.stages,
         "the learning rate never decays",
     ),
     Moot(
         "schedule.final_lr",
         ("schedule.decay_steps",),
-        lambda recipe: recipe.schedule.decay_steps == 0,
+        lambda recipe: recipe.schedule.decay_steps == 0 and not recipe.stages,
         "the learning rate never decays",
     ),
     Moot(
@@ -114,7 +116,25 @@ MOOT: tuple[Moot, ...] = (
         lambda recipe: recipe.train.validation_interval == 0 and bool(recipe.data.validation),
         "there is no validation",
     ),
+    *(
+        Moot(
+            f"schedule.{key}",
+            ("stages",),
+            lambda recipe: bool(recipe.stages),
+            "each stage has a learning rate of its own",
+        )
+        for key in OF_ONE_STAGE
+    ),
 )
+
+
+def without_mtp(recipe: Recipe) -> Recipe:
+    """Where there is no MTP layer the stages say nothing of one."""
+    if recipe.model.num_nextn_predict_layers:
+        return recipe
+    return recipe.model_copy(
+        update={"stages": [stage.model_copy(update={"mtp_loss_factor": None}) for stage in recipe.stages]}
+    )
 
 
 def layer_counts_fit(recipe: Recipe) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_joy.errors import UserError
 
-from .derive import MOOT, derive
+from .derive import MOOT, derive, without_mtp
 from .dump import format_value
 from .fields import default_of, schema_rows, with_value
 from .repair import check_schema
@@ -220,13 +220,15 @@ def _origin(key: str, given: Mapping[str, int], origins: Sequence[str]) -> str:
 
 
 def settle(parsed: Parsed) -> Parsed:
-    """Take back inherited keys that a later layer made moot (see `derive.Moot`)."""
+    """Take back inherited keys that a later layer made moot (see `derive.Moot`), those of stages too."""
     recipe, given = parsed.recipe, dict(parsed.given)
     for moot in MOOT:
         cause = max(given.get(key, -1) for key in moot.causes)
         if moot.key in given and cause > given[moot.key] and moot.when(recipe):
             recipe = with_value(recipe, moot.key, default_of(schema_rows()[moot.key].info))
             del given[moot.key]
+    if given.get("model.num_nextn_predict_layers", -1) > given.get("stages", -1):
+        recipe = without_mtp(recipe)
     return replace(parsed, recipe=recipe, given=given)
 
 

@@ -36,7 +36,7 @@ def _short(value: Any) -> str:
 
 
 def nearest_key(path: tuple[str | int, ...]) -> str:
-    """The known key nearest to an unknown one: a near name in its own table, then elsewhere, then the least far."""
+    """The known key nearest to an unknown one: its name elsewhere, a near name in its own table, then the least far."""
     *parents, last = path
     section = section_names()[generic(tuple(parents))]
     prefix = "".join(f"{part}." for part in parents)
@@ -44,6 +44,8 @@ def nearest_key(path: tuple[str | int, ...]) -> str:
     elsewhere: dict[str, str] = {}
     for key in schema_rows():
         elsewhere.setdefault(key.rpartition(".")[2], key)
+    if str(last) in elsewhere:
+        return elsewhere[str(last)]
     if near := difflib.get_close_matches(str(last), siblings, n=1):
         return prefix + near[0]
     if near := difflib.get_close_matches(str(last), list(elsewhere), n=1, cutoff=0.75):

@@ -28,9 +28,12 @@ MAY_CHANGE: dict[str, bool] = {
     "precision": False,
     # Rounds the operands of products; no weight and no state is stored in it.
     "precision.fp8": True,
-    # Sample k is a function of these: another value would repeat or skip text.
-    "data.sequence_length": False,
-    "data.train": False,
+    # What the next updates read may change, at a stage or by an edit. What is done may not: `ledger.check_history`
+    # holds that against the checkpoint, and the ledger keeps the blends.
+    "data.sequence_length": True,
+    "data.train": True,
+    "stages": True,
+    # Another meaning of the same tokens.
     "data.tokenizer": False,
     "data.document_mask": False,
     "data.validation": True,
@@ -42,8 +45,8 @@ MAY_CHANGE: dict[str, bool] = {
     "optimizer.clip_grad": True,
     "schedule": True,
     "train": True,
-    # Step t reads samples t x global batch and on.
-    "train.global_batch_size": False,
+    # As the sequence length, by `ledger.check_history`.
+    "train.global_batch_size": True,
     "checkpoint": True,
     "run": True,
 }

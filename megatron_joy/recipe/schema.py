@@ -141,6 +141,12 @@ class SourceEntry(Section):
 
     manifest: str = Field(description="Path of a folder of shards with manifest.json (relative to where you start).")
     weight: PositiveFloat = Field(1.0, description="Share of this source in the blend, in tokens, before normalising.")
+    name: str | None = Field(None, description="What stages call this source; none: its manifest as written here.")
+
+    @property
+    def label(self) -> str:
+        """By what a blend names this source, and a run's ledger keeps count of it."""
+        return self.name or self.manifest.rstrip("/")
 
 
 class DataSection(Section):
@@ -209,6 +215,51 @@ class RunSection(Section):
     tensorboard: bool = Field(True, description="Write TensorBoard events beside metrics.jsonl.")
 
 
+class BlendEntry(Section):
+    """A source's share of a stage's blend."""
+
+    source: str = Field(description="A source of data.train: its name, or its manifest where it has no name.")
+    weight: PositiveFloat = Field(1.0, description="Share in tokens, before normalising.")
+
+
+class StageSection(Section):
+    """One stage of a run: how long it is and what it changes. A key that is left out has the value in its description.
+
+    The stages of the paper are in arXiv 2604.03044, 2.4.
+    """
+
+    name: str = Field(description="The stage's name.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    steps: PositiveInt | None = Field(None, description="Updates of the stage; give these or tokens.")
+    tokens: PositiveInt | None = Field(None, description="Tokens of the stage: the fewest updates that reach them.")
+    sequence_length: PositiveInt | None = Field(None, description="Tokens of a sample; none: data.sequence_length.")
+    global_batch_size: PositiveInt | None = Field(
+        None, description="Samples of a step, at the end of the ramp if there is one; none: train.global_batch_size."
+    )
+    ramp_from: PositiveInt | None = Field(
+        None, description="Samples of the stage's first step, from where it grows to the last; none: no ramp."
+    )
+    ramp_increment: PositiveInt | None = Field(None, description="Samples by which the ramp grows each time.")
+    micro_batch_size: PositiveInt | None = Field(None, description="Samples of a pass; none: train.micro_batch_size.")
+    start_lr: NonNegativeFloat | None = Field(
+        None, description="Learning rate that the stage goes out from; none: the end of the stage before."
+    )
+    end_lr: NonNegativeFloat | None = Field(None, description="Learning rate of the stage's last step.")
+    lr_shape: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="The way from start_lr to end_lr; constant has no end_lr."
+    )
+    blend: list[BlendEntry] = Field(default_factory=list, description="Sources and shares; none: data.train as it is.")
+    mtp_loss_factor: NonNegativeFloat | None = Field(
+        None, description="Weight of the MTP loss, 0 leaves the MTP layer out; none: model.mtp_loss_factor."
+    )
+    rope_theta: PositiveFloat | None = Field(None, description="Base of rotary positions; none: model.rope_theta.")
+    router_bias_update_rate: NonNegativeFloat | None = Field(
+        None, description="gamma of the balance without auxiliary loss; none: model.router_bias_update_rate."
+    )
+    min_longest_document: PositiveInt | None = Field(
+        None, description="Each source of the blend must have a document of so many tokens; none: not looked at."
+    )
+
+
 class Recipe(Section):
     """Everything about a run."""
 
@@ -224,3 +275,6 @@ class Recipe(Section):
     train: TrainSection
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     run: RunSection = Field(default_factory=RunSection)
+    stages: list[StageSection] = Field(
+        default_factory=list, description="What the run goes through, in order; none: one stage by [schedule]."
+    )

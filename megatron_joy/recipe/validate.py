@@ -4,13 +4,14 @@ A rule gives None when it holds, else what is wrong with the numbers that were f
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .derive import MOOT, layer_counts_fit, nearest_split
 from .dump import format_value
 from .fields import value_at
 from .schema import FP8_PARTS, Fp8Part, Recipe, SourceEntry
+from .stage_rules import stage_problems, stage_views, sum_problem
 
 FP8_WIDTHS = {"tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 ALIGNED = 8  # values: 16 bytes in bf16, which grouped matrix products want of every row
@@ -361,8 +362,8 @@ RULES: tuple[Rule, ...] = (
     Rule(("layout", "data.sequence_length", "train.micro_batch_size", "model.num_attention_heads"), _sequence_shards),
     Rule(("layout.data_parallel_size", "train.global_batch_size", "train.micro_batch_size"), _batch),
     Rule(("layout", "train.global_batch_size", "train.micro_batch_size"), _interleaving),
-    Rule(("schedule.warmup_steps", "schedule.decay_steps", "train.steps"), _schedule),
-    Rule(("schedule.final_lr", "schedule.peak_lr", "schedule.decay_steps"), _learning_rates),
+    Rule(("schedule.warmup_steps", "schedule.decay_steps", "train.steps", "stages"), _schedule),
+    Rule(("schedule.final_lr", "schedule.peak_lr", "schedule.decay_steps", "stages"), _learning_rates),
     Rule(("train.validation_interval", "data.validation"), _validation_data),
     Rule(
         (
@@ -378,6 +379,10 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+STAGE_KEYS = {"data.sequence_length", "train.global_batch_size"}
+OF_STAGES = ("stages", "data.train", "train", "model", "layout", *STAGE_KEYS)
+
+
 def touches(key: str, broken: frozenset[str]) -> bool:
     """Whether a key, or something in or around it, is among the broken ones."""
     return any(key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.") for other in broken)
@@ -388,7 +393,7 @@ def _moot_problems(recipe: Recipe, given: Mapping[str, int], broken: frozenset[s
     for moot in MOOT:
         sound = not any(touches(key, broken) for key in (moot.key, *moot.causes))
         if moot.why and moot.key in given and sound and moot.when(recipe):
-            causes = _given(recipe, *moot.causes)
+            causes = "[[stages]]" if moot.causes == ("stages",) else _given(recipe, *moot.causes)
             problems.append(f"{_given(recipe, moot.key)}: has no effect with {causes}, {moot.why}; leave it out")
     return problems
 
@@ -398,5 +403,23 @@ def validate(recipe: Recipe, given: Mapping[str, int], broken: frozenset[str] = 
 
     given: the keys that somebody wrote (see `load.Parsed`). broken: keys whose own value is already known to be wrong.
     """
-    found = [rule.check(recipe) for rule in RULES if not any(touches(key, broken) for key in rule.keys)]
-    return [problem for problem in found if problem is not None] + _moot_problems(recipe, given, broken)
+    asked = [rule for rule in RULES if not any(touches(key, broken) for key in rule.keys)]
+    found = [rule.check(recipe) for rule in asked]
+    problems = [problem for problem in found if problem is not None]
+    problems += [problem for problem in _of_stages(recipe, asked) if problem not in problems]
+    if not any(touches(key, broken) for key in OF_STAGES):
+        problems += stage_problems(recipe)
+        problems += sum_problem(recipe) if recipe.stages and not problems else []
+    return problems + _moot_problems(recipe, given, broken)
+
+
+def _of_stages(recipe: Recipe, rules: Sequence[Rule]) -> list[str]:
+    """What the rules about length and batch say of each stage, in the stage's own keys; each thing once."""
+    found: dict[str, None] = {}
+    for view, names in stage_views(recipe):
+        for rule in rules:
+            if STAGE_KEYS & set(rule.keys) and (problem := rule.check(view)) is not None:
+                for key, own in names.items():
+                    problem = problem.replace(key, own)
+                found[problem] = None
+    return list(found)

@@ -16,6 +16,8 @@ from megatron_joy.model.build import build_model
 from megatron_joy.platform import process as processes
 from megatron_joy.platform.process import Process
 from megatron_joy.platform.stop_request import StopRequest
+from megatron_joy.recipe import load_recipe
+from megatron_joy.recipe.ledger import check_history
 from megatron_joy.recipe.schema import Recipe
 from megatron_joy.train.features.checkpointing import Checkpointing
 from megatron_joy.train.features.guard import Guard
@@ -37,6 +39,8 @@ def pretrain(recipe: Recipe, stop: StopRequest | None = None) -> bool:
     A run folder with checkpoints is gone on with. Raises UserError for what the user can mend (data, layout, a changed
     recipe) before anything is trained or written, WorkError when the work itself fails.
     """
+    if recipe.stages:
+        raise UserError("stages: joy pretrain trains recipes of one stage so far; leave [[stages]] out")
     torch.set_num_threads(_threads(recipe))
     process = processes.start(recipe.layout, recipe.seed)
     with RankLog() as log, ExitStack() as opened:
@@ -88,6 +92,7 @@ def _resume(run: Run, trainer: Trainer, stream: SampleStream) -> tuple[str | Non
     checkpoint = choice.checkpoint
     if checkpoint is None:
         return None, choice.notes
+    check_history(load_recipe(str(checkpoint.recipe_path)), run.recipe, checkpoint.marker.step)
     # Weights alone have none; loading refuses them in its own words.
     trained_on = checkpoint.state.get("data_fingerprint")
     if trained_on is not None and trained_on != stream.fingerprint():

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from megatron_joy.data.batch import Batch
 from megatron_joy.optim.build import build_optimizer, set_learning_rate
-from megatron_joy.optim.schedule import learning_rate
 from megatron_joy.platform.process import Process
 from megatron_joy.recipe.schema import Recipe
+from megatron_joy.recipe.timetable import Timetable
 from megatron_joy.train.forward import MicroBatch, forward_step
 from megatron_joy.train.router_load import RouterLoad
 
@@ -52,7 +52,7 @@ class Trainer:
     """A model, its optimizer and the way they are stepped. Collectives only; what is read or written is elsewhere."""
 
     def __init__(self, recipe: Recipe, process: Process, chunks: Sequence[Any]) -> None:
-        self.recipe, self.process = recipe, process
+        self.recipe, self.process, self.timetable = recipe, process, Timetable(recipe)
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=True, grad_reduce_in_fp32=True, average_in_collective=False
         )
@@ -92,7 +92,7 @@ class Trainer:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        rate = learning_rate(self.recipe, number)
+        rate = self.timetable.at(number).learning_rate
         set_learning_rate(self.optimizer, rate)
         losses = self._run(batches, forward_only=False)
         _, grad_norm, _ = self.optimizer.step()

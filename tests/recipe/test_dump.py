@@ -24,6 +24,8 @@ VARIANTS = [
 @pytest.mark.parametrize("name", [recipe.name for recipe in list_recipes()])
 @pytest.mark.parametrize("overrides", VARIANTS, ids=range(len(VARIANTS)))
 def test_a_dumped_recipe_loads_back_equal(tmp_path: Path, name: str, overrides: list[str]) -> None:
+    if load_recipe(name).stages:  # they speak for the schedule and for the shares of the blend
+        overrides = [text for text in overrides if not text.startswith(("schedule.", "data.train."))]
     recipe = load_recipe(name, overrides)
     text = dump_recipe(recipe)
     path = tmp_path / "recipe.toml"
@@ -34,10 +36,12 @@ def test_a_dumped_recipe_loads_back_equal(tmp_path: Path, name: str, overrides: 
 
 
 def test_a_dump_names_every_key_of_the_schema() -> None:
-    text = dump_recipe(load_recipe("joyai_tiny"))
+    text = dump_recipe(load_recipe("joyai_tiny_stages"))
     for key in schema_rows():
         name = key.rpartition(".")[2]
-        assert any(line.lstrip("# ").startswith((f"{name} = ", f"[[{key}]]")) for line in text.splitlines()), key
+        assert any(
+            line.lstrip("# ").startswith((f"{name} = ", f"[[{key.replace('.N', '')}]]")) for line in text.splitlines()
+        ), key
 
 
 def test_a_dumped_recipe_takes_another_layout(tmp_path: Path) -> None:

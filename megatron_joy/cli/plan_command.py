@@ -1,0 +1,133 @@
+"""`joy plan`: what a recipe's run will do, before it does it: its stages, and what they read of each source."""
+
+import json
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from megatron_joy.data.manifest import load_manifest, manifest_path
+from megatron_joy.recipe import Recipe, load_recipe
+from megatron_joy.recipe.timetable import Stage, Timetable
+from megatron_joy.report import text
+
+
+def command(
+    recipe: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped name or a TOML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE ...", help="train.steps=100")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON value.")] = False,
+) -> None:
+    """Shows a recipe's stages: updates, tokens, batch, sequence length, learning rate, and what is read of each source.
+
+    Example: joy plan joyai_48b_a3b
+    """
+    plan = schedule_plan(load_recipe(recipe, overrides or ()))
+    if as_json:
+        print(json.dumps(plan, indent=2, ensure_ascii=False))
+        return
+    console = Console()
+    for table in (_stage_table(plan), _source_table(plan)):
+        console.print(table)
+
+
+def schedule_plan(recipe: Recipe) -> dict[str, Any]:
+    """The schedule as plain values; tokens of a source in a stage are exact to within a sample."""
+    timetable = Timetable(recipe)
+    available = {source.label: _available(source.manifest) for source in recipe.data.train}
+    stages = [_stage(stage, available) for stage in timetable.stages]
+    sources = []
+    for source in recipe.data.train:
+        uses = [one["tokens"] for stage in stages for one in stage["blend"] if one["source"] == source.label]
+        has = {"manifest": source.manifest, "available_tokens": available[source.label]}
+        sources.append(_use(source.label, sum(uses), available[source.label]) | has)
+    return {
+        "name": recipe.name,
+        "steps": timetable.steps,
+        "samples": timetable.samples,
+        "tokens": timetable.tokens,
+        "stages": stages,
+        "sources": sources,
+    }
+
+
+def _available(manifest: str) -> int | None:
+    """Tokens of a source; None where there are no shards yet. Raises UserError for a manifest that is damaged."""
+    return load_manifest(manifest).totals.tokens if Path(manifest_path(manifest)).is_file() else None
+
+
+def _use(source: str, tokens: int, available: int | None) -> dict[str, Any]:
+    return {"source": source, "tokens": tokens, "epochs": tokens / available if available else None}
+
+
+def _stage(stage: Stage, available: dict[str, int | None]) -> dict[str, Any]:
+    total = sum(Fraction(repr(weight)) for _, weight in stage.blend)
+    shares = {label: Fraction(repr(weight)) / total for label, weight in stage.blend}
+    return {
+        "name": stage.name,
+        "first_step": stage.first_step + 1,
+        "last_step": stage.last_step,
+        "steps": stage.steps,
+        "samples": stage.samples,
+        "tokens": stage.tokens,
+        "sequence_length": stage.sequence_length,
+        "global_batch_size": [stage.ramp.first, stage.ramp.last],
+        "batch_tokens": [stage.ramp.first * stage.sequence_length, stage.ramp.last * stage.sequence_length],
+        "learning_rate": [stage.curves[0].start, *(curve.end for curve in stage.curves)],
+        "learning_rate_shapes": [curve.shape for curve in stage.curves],
+        "mtp_loss_factor": stage.mtp_loss_factor,
+        "rope_theta": stage.rope_theta,
+        "router_bias_update_rate": stage.router_bias_update_rate,
+        "min_longest_document": stage.min_longest_document,
+        "blend": [
+            _use(label, round(share * stage.tokens), available[label]) | {"share": float(share)}
+            for label, share in shares.items()
+        ],
+    }
+
+
+def _from_to(values: list[Any], write: Any) -> str:
+    steps = [write(values[0])] + [write(b) for a, b in pairwise(values) if b != a]
+    return " → ".join(steps)
+
+
+def _stage_table(plan: dict[str, Any]) -> Table:
+    title = f"{plan['name']}: {text.whole(plan['steps'])} updates, {text.count(plan['tokens'])} tokens"
+    table = Table(title=escape(title), box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("stage", no_wrap=True)
+    for name in ("updates", "tokens", "batch", "sequence", "learning rate", "MTP", "RoPE base"):
+        table.add_column(name, justify="right")
+    for stage in plan["stages"]:
+        table.add_row(
+            escape(stage["name"]),
+            f"{stage['first_step']}-{stage['last_step']}",
+            text.count(stage["tokens"]),
+            f"{_from_to(stage['batch_tokens'], text.count)} ({_from_to(stage['global_batch_size'], str)})",
+            str(stage["sequence_length"]),
+            _from_to(stage["learning_rate"], text.general),
+            text.general(stage["mtp_loss_factor"]) if stage["mtp_loss_factor"] else "off",
+            text.general(stage["rope_theta"]),
+        )
+    return table
+
+
+def _source_table(plan: dict[str, Any]) -> Table:
+    """What each stage, and the whole run, reads of each source; epochs where the shards are there."""
+    table = Table(title="what is read of each source", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("stage", "source"):
+        table.add_column(name, no_wrap=True)
+    for name in ("share", "tokens", "epochs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for stage in [*plan["stages"], {"name": "all", "blend": plan["sources"]}]:
+        for number, use in enumerate(stage["blend"]):
+            epochs = "no shards yet" if use["epochs"] is None else text.significant(use["epochs"])
+            share = f"{use['tokens'] / sum(one['tokens'] for one in stage['blend']):.1%}"
+            name = "" if number else escape(stage["name"])
+            table.add_row(name, escape(use["source"]), share, text.count(use["tokens"]), epochs)
+        table.add_section()
+    return table

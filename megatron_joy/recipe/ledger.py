@@ -1,0 +1,181 @@
+"""The ledger of a run: which blends it was trained on, from which step each, and what the recipe says of the rest.
+
+Sample k of a run follows from the ledger. An entry says what the recipe planned from its step on; an entry holds until
+the next one begins. A recipe whose blend was edited adds an entry on resume, so what is done stays what it was, and
+every source goes on where it stopped. Checkpoints keep the ledger; the run's folder has a copy for readers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any
+
+from megatron_joy.errors import UserError
+
+from .schema import Recipe
+from .timetable import Shares, Stage, Timetable
+
+LEDGER_FILE = "ledger.json"  # in a run's folder
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive samples of the run, from `start`, that have one length and one blend."""
+
+    start: int
+    samples: int
+    sequence_length: int
+    blend: Shares
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was planned after `from_step` updates, which had `from_sample` samples."""
+
+    from_step: int
+    from_sample: int
+    stretches: tuple[Stretch, ...]
+
+
+Ledger = tuple[Entry, ...]
+
+
+def begin(recipe: Recipe, step: int = 0) -> Ledger:
+    """The ledger of a run that follows this recipe after `step` updates."""
+    timetable = Timetable(recipe)
+    first = timetable.samples_before(step)
+    stretches: list[Stretch] = []
+    for stage in timetable.stages:
+        start, end = max(stage.first_sample, first), stage.first_sample + stage.samples
+        if end <= start:
+            continue
+        last = stretches[-1] if stretches else None
+        # A stage that changes neither length nor blend goes on in the same cycle of slots.
+        if last and (last.sequence_length, last.blend) == (stage.sequence_length, stage.blend):
+            stretches[-1] = Stretch(last.start, end - last.start, last.sequence_length, last.blend)
+        else:
+            stretches.append(Stretch(start, end - start, stage.sequence_length, stage.blend))
+    return (Entry(step, first, tuple(stretches)),)
+
+
+def go_on(ledger: Ledger, recipe: Recipe, step: int) -> Ledger:
+    """The ledger for going on after `step` updates under a recipe: the same, or with an entry more."""
+    (planned,) = begin(recipe, step)
+    if not planned.stretches or _order(in_force(ledger), planned.from_sample) == _order(planned.stretches, 0):
+        return ledger
+    kept = tuple(entry for entry in ledger if entry.from_step < step)
+    return (*kept, planned)
+
+
+def _order(stretches: Sequence[Stretch], first: int) -> list[tuple[int, int, Shares]]:
+    """What decides the order from sample `first` on: beginnings, lengths, blends."""
+    return [
+        (max(stretch.start, first), stretch.sequence_length, stretch.blend)
+        for stretch, after in zip(stretches, [*stretches[1:], None], strict=True)
+        if after is None or after.start > first
+    ]
+
+
+def in_force(ledger: Ledger) -> list[Stretch]:
+    """Each entry's stretches as far as they came to pass, or will: cut where the next entry begins."""
+    found: list[Stretch] = []
+    for entry, after in zip(ledger, (*ledger[1:], None), strict=True):
+        for stretch in entry.stretches:
+            end = stretch.start + stretch.samples
+            end = end if after is None else min(end, after.from_sample)
+            if end > stretch.start:
+                found.append(Stretch(stretch.start, end - stretch.start, stretch.sequence_length, stretch.blend))
+    return found
+
+
+def planned_tokens(ledger: Ledger) -> Mapping[str, Mapping[int, Fraction]]:
+    """For each source the tokens at each sequence length, by the plan of the entry that named it first.
+
+    These decide which part of a source is read at which length (`data.cut`), so they must not change later.
+    """
+    found: dict[str, dict[int, Fraction]] = {}
+    for entry in ledger:
+        new: dict[str, dict[int, Fraction]] = {}
+        for stretch in entry.stretches:
+            total = sum(Fraction(repr(weight)) for _, weight in stretch.blend)
+            for label, weight in stretch.blend:
+                tokens = Fraction(repr(weight)) / total * stretch.samples * stretch.sequence_length
+                lengths = new.setdefault(label, {})
+                lengths[stretch.sequence_length] = lengths.get(stretch.sequence_length, Fraction(0)) + tokens
+        found |= {label: lengths for label, lengths in new.items() if label not in found}
+    return found
+
+
+def as_json(ledger: Ledger) -> list[dict[str, Any]]:
+    """Plain values, read back by `from_json`."""
+    return [asdict(entry) for entry in ledger]
+
+
+def from_json(value: Any) -> Ledger:
+    """A ledger from `as_json`'s values. Raises UserError for anything else."""
+    try:
+        return tuple(
+            Entry(
+                int(entry["from_step"]),
+                int(entry["from_sample"]),
+                tuple(
+                    Stretch(
+                        int(stretch["start"]),
+                        int(stretch["samples"]),
+                        int(stretch["sequence_length"]),
+                        tuple((str(label), float(weight)) for label, weight in stretch["blend"]),
+                    )
+                    for stretch in entry["stretches"]
+                ),
+            )
+            for entry in value
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"ledger: not a run's ledger ({type(error).__name__}: {error}); resume from another checkpoint"
+        ) from None
+
+
+def check_history(old: Recipe, new: Recipe, done: int) -> None:
+    """Refuses a recipe under which the first `done` updates of `old`'s run would have been other ones.
+
+    Blends are the ledger's business; learning rates and loss factors of what is done don't matter any more. Raises
+    UserError that names the first update that differs.
+    """
+    before, after = _alike(Timetable(old), done), _alike(Timetable(new), done)
+    if before == after:
+        return
+    starts = sorted({start for start, *_ in before} | {start for start, *_ in after})
+    first = next(start for start in starts if _text(before, start) != _text(after, start))
+    raise UserError(
+        f"cannot resume {new.run.folder}: update {first + 1} was trained with {_text(before, first)} and the recipe "
+        f"now has {_text(after, first)} there; what {done} updates have done can't change: put it back, or "
+        "add the change as a stage that begins later"
+    )
+
+
+Alike = list[tuple[int, int, int, float]]  # updates before it, samples, sequence length, base of rotary positions
+
+
+def _alike(timetable: Timetable, done: int) -> Alike:
+    found: Alike = []
+    for start, size, stage in timetable.stretches():
+        kind = (size, stage.sequence_length, stage.rope_theta)
+        if start < done and (not found or found[-1][1:] != kind):
+            found.append((start, *kind))
+    return found if done <= timetable.steps else [*found, (timetable.steps, 0, 0, 0.0)]
+
+
+def _text(stretches: Alike, step: int) -> str:
+    _, size, length, base = max(stretch for stretch in stretches if stretch[0] <= step)
+    return f"{size} x {length} tokens and rotary base {base:g}" if size else "nothing (it is over)"
+
+
+def stage_lines(stage: Stage) -> str:
+    """A stage in a line, for the terminal and the run's events."""
+    first, last = stage.ramp.first, stage.ramp.last
+    batch = f"{last}" if first == last else f"{first} to {last}"
+    return (
+        f"stage {stage.name}, updates {stage.first_step + 1} to {stage.last_step}: {batch} samples of "
+        f"{stage.sequence_length} tokens, learning rate {stage.curves[0].start:g} to {stage.curves[-1].end:g}"
+    )
