@@ -63,7 +63,9 @@ class EncodeSection(Section):
     engine: Literal["auto", "gigatoken", "huggingface"] = Field(
         "auto", description="auto: gigatoken where it can load the tokenizer, else huggingface."
     )
-    check_every: NonNegativeInt = Field(2000, description="Compare every so many documents with huggingface; 0: never.")
+    check_every: NonNegativeInt = Field(
+        10_000, description="Compare every so many documents with huggingface; 0: never."
+    )
     memory_megabytes: PositiveInt = Field(512, description="Growth of gigatoken's cache after which it starts afresh.")
 
 

@@ -131,6 +131,6 @@ class Encoder:
         lengths = np.fromiter((len(ids) for ids in encoded), np.int64, len(encoded)) + 1
         end = np.array([self._eod], dtype=np.uint32)
         tokens = np.concatenate([part for ids in encoded for part in (ids, end)] or [end[:0]])
-        if np.count_nonzero(tokens == self._eod) != len(encoded):
+        if np.count_nonzero(tokens == np.uint32(self._eod)) != len(encoded):
             raise WorkError(f"{self._folder}: the tokenizer gives its end-of-document id {self._eod} for ordinary text")
         return tokens, lengths

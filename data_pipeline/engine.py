@@ -30,11 +30,11 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file that a task wrote, relative to the output folder."""
+    """A file that a task wrote, relative to the output folder. sha256: None for scratch that has its own checksums."""
 
     path: str
     bytes: int
-    sha256: str
+    sha256: str | None
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,10 @@ class Job:
             with open(path, "rb") as stream:
                 sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         return OutputFile(path.relative_to(self.folder).as_posix(), path.stat().st_size, sha256)
+
+    def describe_scratch(self, path: Path) -> OutputFile:
+        """A written file that only later stages read and that carries its own checksums."""
+        return OutputFile(path.relative_to(self.folder).as_posix(), path.stat().st_size, None)
 
 
 @dataclass(frozen=True)

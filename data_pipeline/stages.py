@@ -56,7 +56,8 @@ def read_task(job: Job, shard: int) -> TaskResult:
                 spool.add(piece.input, record.offset, record.licence or file.licence, record.text)
         spool.flush()
     write_index(index, spool.index())
-    return TaskResult([job.describe(path) for path in (data, index, quarantine)], {"sources": counts})
+    files = [job.describe_scratch(data), job.describe(index), job.describe(quarantine)]
+    return TaskResult(files, {"sources": counts})
 
 
 def _fields(record: Rejected) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def _require_documents(job: Job) -> None:
     """Refuse a corpus that leaves a split without a document, before anything is trained or written."""
     documents: Counter[str] = Counter()
     for folder in spools_of(job):
-        for bucket, _, _, number in np.load(spool_paths(folder)[1], allow_pickle=False).tolist():
+        for bucket, _, _, number, _ in np.load(spool_paths(folder)[1], allow_pickle=False).tolist():
             documents[job.plan.buckets.split_of(bucket)[0]] += number
     if not documents.total():
         dropped: Counter[str] = Counter()
@@ -134,7 +135,7 @@ def _read_settings(job: Job) -> Any:
 
 
 STAGES = [
-    Stage("read", "reading inputs", 1, (), _read_settings, lambda job: len(job.plan.tasks), read_task),
+    Stage("read", "reading inputs", 2, (), _read_settings, lambda job: len(job.plan.tasks), read_task),
     Stage("tokenizer", "preparing the tokenizer", 1, ("read",), _tokenizer_settings, lambda job: 1, tokenizer_task),
     Stage(
         "write",

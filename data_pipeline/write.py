@@ -13,6 +13,7 @@ import numpy.typing as npt
 from data_pipeline.config import EncodeSection
 from data_pipeline.encode import Encoder, Ids, OracleDifference
 from data_pipeline.engine import Job, TaskResult, statistics_of
+from data_pipeline.native.library import kernels
 from data_pipeline.spool import Spooled, read_bucket, shuffled, unique
 from megatron_joy.data.atomic import atomic_file
 from megatron_joy.data.manifest import TOKENIZER_FOLDER, ShardEntry, TokenizerIdentity
@@ -56,7 +57,7 @@ def write_tokens(prefix: Path, encoder: Encoder, texts: list[bytes], vocab_size:
     with ShardWriter(prefix, token_dtype(vocab_size)) as writer:
         for tokens, lengths in encode_in_batches(encoder, texts):
             writer.add(tokens, lengths)
-            by_id += np.bincount(tokens, minlength=vocab_size)
+            kernels().joy_count(tokens, len(tokens), by_id, vocab_size)
             by_document.append(lengths)
         summary = writer.close()
     return Written(summary, by_id, np.concatenate(by_document), encoder.engine, encoder.checked, encoder.note)

@@ -245,3 +245,13 @@ void joy_union(int64_t *parent, const int64_t *left, const int64_t *right, int64
 void joy_flatten(int64_t *parent, int64_t nodes) {
     for (int64_t node = 0; node < nodes; node++) parent[node] = root(parent, node);
 }
+
+/* Count ids in counts [vocabulary]; returns how many ids are outside and were not counted. */
+int64_t joy_count(const uint32_t *ids, int64_t total, int64_t *counts, int64_t vocabulary) {
+    int64_t outside = 0;
+    for (int64_t i = 0; i < total; i++) {
+        if (ids[i] < vocabulary) counts[ids[i]]++;
+        else outside++;
+    }
+    return outside;
+}

@@ -20,6 +20,7 @@ FUNCTIONS = {
     "joy_sort_rows": (None, (U64, U64, SIZE)),
     "joy_union": (None, (I64, I64, I64, SIZE)),
     "joy_flatten": (None, (I64, SIZE)),
+    "joy_count": (SIZE, (U32, SIZE, I64, SIZE)),
 }
 
 

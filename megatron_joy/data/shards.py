@@ -121,7 +121,10 @@ class ShardWriter:
                 f"{bin_path(self.prefix)}: a document of {int(lengths.max())} tokens; Megatron's index holds at most "
                 f"{LONGEST_DOCUMENT}; split it"
             )
-        data = np.ascontiguousarray(tokens, dtype=self.dtype).data.cast("B")
+        # Of the same width and in range: the same bytes, no copy.
+        same = tokens.dtype.kind in "iu" and tokens.dtype.itemsize == self.dtype.itemsize
+        own = tokens.view(self.dtype) if same and tokens.flags.c_contiguous else tokens.astype(self.dtype, order="C")
+        data = own.data.cast("B")
         self._stream.write(data)
         self._hash.update(data)
         self._bytes += len(data)

@@ -91,5 +91,5 @@ def test_a_damaged_spool_stops_the_task_with_one_line(tmp_path: Path) -> None:
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
-    with pytest.raises(WorkError, match=r"spool\.zst: damaged at byte 0"):
+    with pytest.raises(WorkError, match=r"spool\.bin: damaged at byte 0"):
         list(read_bucket([tmp_path], 0))
