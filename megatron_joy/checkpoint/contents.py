@@ -1,15 +1,15 @@
 """What a checkpoint holds: weights, router biases and optimizer state, under names that no layout is part of.
 
 Names are Megatron-core's: a weight has its sharded key, its optimizer state 'optimizer.state.<kind>.<sharded key>'
-with kind 'exp_avg', 'exp_avg_sq' and, where weights aren't fp32, 'param' for the fp32 master weight. How many
-optimizers Megatron-core chains (one, or one more for experts) leaves no trace. What belongs to no tensor, the number of
-updates, is in the marker; learning rates and weight decay follow from the recipe.
+with kind 'exp_avg', 'exp_avg_sq' (AdamW), 'momentum_buffer' (Muon) and, where weights aren't fp32, 'param' for the fp32
+master weight. How many optimizers are chained (for dense weights, for experts, by algorithm) leaves no trace. What
+belongs to no tensor, the number of updates, is in the marker; learning rates and weight decay follow from the recipe.
 """
 
 import io
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_joy.checkpoint.boxes import Box, Boxes, Index, Piece, boxes_of_range
 from megatron_joy.optim.build import parts
+from megatron_joy.optim.muon import BUFFER as MUON_BUFFER
 from megatron_joy.platform.process import Process  # before Megatron-core, which it makes importable without a GPU
 
 # isort: split
@@ -145,6 +146,14 @@ def optimizer_boxes(pieces: Pieces, optimizer: Any, to_write: bool) -> dict[str,
                         boxes = boxes_of_range(piece, tuple(param.shape), start, end, flat)
                         collector.add(f"{OPTIMIZER_PREFIX}{kind}.{piece.key}", piece, boxes)
     return collector.result()
+
+
+def optimizer_of(keys: Iterable[str]) -> str | None:
+    """The `optimizer.name` whose state these tensors are; None for weights alone. Muon has AdamW for the rest."""
+    kinds = {key.removeprefix(OPTIMIZER_PREFIX).partition(".")[0] for key in keys if key.startswith(OPTIMIZER_PREFIX)}
+    if not kinds:
+        return None
+    return "muon" if MUON_BUFFER in kinds else "adamw"
 
 
 def active_parts(optimizer: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from megatron_joy.checkpoint.boxes import Boxes
 from megatron_joy.checkpoint.contents import (
     OPTIMIZER_PREFIX,
     optimizer_boxes,
+    optimizer_of,
     pieces_of,
     set_updates_done,
     weight_boxes,
@@ -107,7 +108,9 @@ def _check_totality(
     for share in together(lambda: named):
         shapes |= share
     stored = {key: tuple(entry.size) for key, entry in reader.tensors.items()}
-    if not with_optimizer:
+    if with_optimizer:
+        _check_optimizer(checkpoint, optimizer_of(stored), optimizer_of(shapes))
+    else:
         stored = {key: shape for key, shape in stored.items() if not key.startswith(OPTIMIZER_PREFIX)}
     differing = [
         f"{key} has shape {list(stored[key])}, the model's has {list(shapes[key])}"
@@ -122,6 +125,14 @@ def _check_totality(
     if any(faults):
         told = "; ".join(filter(None, faults))
         raise UserError(f"{checkpoint.path} is of another model: {told}; use the recipe in {checkpoint.recipe_path}")
+
+
+def _check_optimizer(checkpoint: Checkpoint, stored: str | None, wanted: str | None) -> None:
+    if stored != wanted:
+        raise UserError(
+            f'{checkpoint.path} has the state of optimizer.name = "{stored}", this run has "{wanted}"; '
+            f'set optimizer.name = "{stored}" or start a new run.folder'
+        )
 
 
 def _listed(sentence: str, items: list[str]) -> str:

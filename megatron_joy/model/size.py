@@ -101,7 +101,7 @@ class _MetaFactories(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _meta_model(recipe: Recipe) -> torch.nn.Module:
+def meta_model(recipe: Recipe) -> torch.nn.Module:
     """The recipe's whole model in one process, all tensors on the meta device."""
     train = recipe.train.model_copy(update={"recompute": "none"})
     whole = recipe.model_copy(update={"layout": LayoutSection(), "train": train})
@@ -132,7 +132,7 @@ def parameter_counts(recipe: Recipe) -> ParameterCounts:
     """Counts of the recipe's model, whatever its layout; takes seconds and no memory to speak of for 48B parameters."""
     main: Counter[str] = Counter()
     mtp: Counter[str] = Counter()
-    for name, size in _sizes(_meta_model(recipe)):
+    for name, size in _sizes(meta_model(recipe)):
         (mtp if name.startswith("mtp.") else main)[_kind(name)] += size
     chosen, experts = recipe.model.num_experts_per_tok, recipe.model.n_routed_experts
     order = dict.fromkeys(kind for _, kind in KINDS)

@@ -1,11 +1,23 @@
-"""A recipe's optimizer: Megatron-core's distributed optimizer (ZeRO-1) around AdamW with fp32 master weights."""
+"""A recipe's optimizer: Megatron-core's distributed optimizer (ZeRO-1, fp32 master weights) around AdamW or Muon."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    _get_megatron_optimizer_based_on_param_groups,
+    _get_param_groups,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 
 from megatron_joy.model.config import DTYPES
+from megatron_joy.optim.distributed import MuonDistributedOptimizer
+from megatron_joy.optim.layout import ON_MUON
+from megatron_joy.optim.muon import Muon, MuonSettings
+from megatron_joy.optim.newton_schulz import triples
 from megatron_joy.platform.process import Process
 from megatron_joy.recipe.schema import Recipe
 
@@ -14,6 +26,7 @@ def build_optimizer(recipe: Recipe, process: Process, chunks: Sequence[Any]) -> 
     """The optimizer of DDP-wrapped chunks; one-dimensional parameters (norms) get no weight decay.
 
     State is sharded over data-parallel ranks also when there is only one: checkpoints of all layouts have one form.
+    With Muon the chunks' buffers must be laid out for it (`layout.buffer_layout`).
     """
     section, dtype = recipe.optimizer, DTYPES[recipe.precision.params_dtype]
     config = OptimizerConfig(
@@ -29,11 +42,70 @@ def build_optimizer(recipe: Recipe, process: Process, chunks: Sequence[Any]) -> 
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )
-    return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False, pg_collection=process.groups)
+    if section.name == "muon":
+        optimizer = _with_muon(muon_settings(recipe), config, process, list(chunks))
+    else:
+        optimizer = get_megatron_optimizer(
+            config, list(chunks), use_gloo_process_groups=False, pg_collection=process.groups
+        )
+    for group in optimizer.param_groups:
+        # Megatron-core marks norms with a factor of 0 and leaves it to a scheduler of its own to apply it.
+        group["weight_decay"] = section.weight_decay * group["wd_mult"]
+    return optimizer
+
+
+def muon_settings(recipe: Recipe) -> MuonSettings:
+    """What Muon needs of a recipe."""
+    section = recipe.optimizer
+    return MuonSettings(
+        momentum=section.muon_momentum,
+        nesterov=section.muon_nesterov,
+        polynomials=triples(section.muon_coefficients, section.muon_steps),
+        update_rms=section.muon_update_rms,
+        dtype=DTYPES[section.muon_dtype or recipe.precision.params_dtype],
+    )
+
+
+def _with_muon(
+    settings: MuonSettings, config: OptimizerConfig, process: Process, chunks: list[Any]
+) -> MegatronOptimizer:
+    """AdamW on what isn't Muon's, Muon on dense matrices and, where experts have ranks of their own, on theirs.
+
+    Megatron-core chains optimizers the same way for dense weights and experts; the norm and its clipping are over all.
+    """
+    groups = _get_param_groups(chunks, config, get_standard_config_overrides(config))
+
+    def of(on_muon: bool, expert: bool) -> list[dict[str, Any]]:
+        return [
+            {**group, "params": [p for p in group["params"] if getattr(p, ON_MUON) == on_muon]}
+            for group in groups
+            if group["is_expert_parallel"] == expert
+        ]
+
+    optimizers = [
+        _get_megatron_optimizer_based_on_param_groups(
+            config,
+            chunks,
+            of(on_muon=False, expert=False),
+            per_model_buffers={
+                i: [b for b in chunk.buffers if not getattr(b.params[0], ON_MUON)] for i, chunk in enumerate(chunks)
+            },
+            data_parallel_group=process.groups.intra_dp_cp,
+            data_parallel_group_idx=process.groups.mp.rank(),
+            intra_dist_opt_group=process.groups.intra_dist_opt,
+            pg_collection=process.groups,
+        )
+    ]
+    for expert in (False, True):
+        matrices = of(on_muon=True, expert=expert)
+        if any(chunk.expert_parallel_buffers if expert else chunk.buffers for chunk in chunks) and matrices:
+            muon = Muon(matrices, settings, lr=config.lr, weight_decay=config.weight_decay)
+            optimizers.append(MuonDistributedOptimizer(muon, config, chunks, process, expert))
+    return ChainedOptimizer(optimizers)
 
 
 def parts(optimizer: MegatronOptimizer) -> list[Any]:
-    """The optimizers inside: one for dense parameters and, with expert parallelism, one for the experts."""
+    """The optimizers inside: for dense parameters, for experts where they have ranks of their own, by algorithm."""
     return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 

@@ -83,6 +83,7 @@ def shrink(recipe: Recipe, processes: int, steps: int) -> Shrunk:
     small = small.model_copy(
         update={
             "precision": PrecisionSection(params_dtype="fp32"),
+            "optimizer": _optimizer(small),
             "checkpoint": CheckpointSection(),
             "run": RunSection(folder="unused"),
         }
@@ -205,6 +206,12 @@ def _train(recipe: Recipe, steps: int) -> Any:
     )
 
 
+def _optimizer(recipe: Recipe) -> Any:
+    """In fp32 as the rest: bf16 in Newton-Schulz makes a rounding error of the gradient one of the update's size."""
+    on_muon = recipe.optimizer.name == "muon"
+    return recipe.optimizer.model_copy(update={"muon_dtype": "fp32"}) if on_muon else recipe.optimizer
+
+
 def _schedule(recipe: Recipe, steps: int) -> Any:
     """Warm-up and decay inside the short run, where the recipe has them; of stages the highest rate."""
     if recipe.stages:
@@ -226,6 +233,7 @@ COMPARED: dict[str, str] = {
     "schedule.warmup_steps": SHORT,
     "schedule.decay_steps": SHORT,
     "precision.params_dtype": SHORT,
+    "optimizer.muon_dtype": SHORT,
 }
 
 

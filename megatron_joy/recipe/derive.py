@@ -29,6 +29,7 @@ def gradient_format(recipe: Recipe) -> str | None:
 DERIVED: dict[str, Callable[[Recipe], Any]] = {
     "layout.pipeline_layer_counts": equal_split,
     "precision.fp8.format": gradient_format,
+    "optimizer.muon_dtype": lambda recipe: recipe.precision.params_dtype,
     "run.folder": lambda recipe: f"runs/{recipe.name}",
 }
 
@@ -57,6 +58,7 @@ class Moot:
 
 
 OF_ONE_STAGE = ("peak_lr", "final_lr", "warmup_steps", "decay_steps", "decay_shape")
+MUON_KEYS = ("momentum", "nesterov", "coefficients", "steps", "update_rms", "dtype")
 
 # In this order: the pipeline's cuts look at VPP after VPP itself may have gone.
 MOOT: tuple[Moot, ...] = (
@@ -124,6 +126,15 @@ MOOT: tuple[Moot, ...] = (
             "each stage has a learning rate of its own",
         )
         for key in OF_ONE_STAGE
+    ),
+    *(
+        Moot(
+            f"optimizer.muon_{key}",
+            ("optimizer.name",),
+            lambda recipe: recipe.optimizer.name != "muon",
+            "no matrix is on Muon",
+        )
+        for key in MUON_KEYS
     ),
 )
 

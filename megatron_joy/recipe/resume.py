@@ -43,6 +43,13 @@ MAY_CHANGE: dict[str, bool] = {
     "optimizer.eps": False,
     "optimizer.weight_decay": True,
     "optimizer.clip_grad": True,
+    "optimizer.muon_momentum": False,
+    # How an update is made of the momentum, not what the momentum is.
+    "optimizer.muon_nesterov": True,
+    "optimizer.muon_coefficients": True,
+    "optimizer.muon_steps": True,
+    "optimizer.muon_update_rms": True,
+    "optimizer.muon_dtype": True,
     "schedule": True,
     "train": True,
     # As the sequence length, by `ledger.check_history`.

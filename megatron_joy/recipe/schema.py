@@ -164,13 +164,34 @@ class DataSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW and its parameter groups: biases and norms get no weight decay."""
+    """AdamW, or Muon for the hidden matrices with AdamW for the rest; docs/optimizer.md has the split and the sources.
 
-    name: Literal["adamw"] = Field("adamw", description="The optimizer.")
-    betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.95), description="Decay rates of the two moments.", strict=False)
-    eps: PositiveFloat = Field(1e-8, description="Added to the root of the second moment.")
+    One learning rate and one weight decay serve both: Muon's updates are scaled to the size of AdamW's.
+    """
+
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="The optimizer; muon: hidden matrices on Muon, embedding, head, norms, routers on AdamW."
+    )
+    betas: tuple[DecayRate, DecayRate] = Field(
+        (0.9, 0.95), description="Decay rates of AdamW's two moments.", strict=False
+    )
+    eps: PositiveFloat = Field(1e-8, description="Added to the root of AdamW's second moment.")
     weight_decay: NonNegativeFloat = Field(0.1, description="Decoupled weight decay of matrices.")
     clip_grad: NonNegativeFloat = Field(1.0, description="Global gradient norm to clip to; 0 turns clipping off.")
+    muon_momentum: DecayRate = Field(0.95, description="mu of Muon's momentum: buffer = mu * buffer + gradient.")
+    muon_nesterov: bool = Field(
+        True, description="Orthogonalise gradient + mu * buffer; off: the momentum buffer itself."
+    )
+    muon_coefficients: Literal["moonlight", "quintic"] = Field(
+        "moonlight", description="Newton-Schulz polynomials: one triple for all steps, or five (NVIDIA's default set)."
+    )
+    muon_steps: Annotated[int, Field(gt=0, le=20)] = Field(5, description="Newton-Schulz iterations of one update.")
+    muon_update_rms: PositiveFloat = Field(
+        0.2, description="RMS of an update before the learning rate; 0.2 is about AdamW's."
+    )
+    muon_dtype: Literal["bf16", "fp32"] | None = Field(
+        None, description="Number format of the Newton-Schulz iterations; derived: precision.params_dtype."
+    )
 
 
 class ScheduleSection(Section):

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_joy.data.batch import Batch
 from megatron_joy.optim.build import build_optimizer, set_learning_rate
+from megatron_joy.optim.layout import buffer_layout
 from megatron_joy.platform.process import Process
 from megatron_joy.recipe.schema import Recipe
 from megatron_joy.recipe.timetable import Timetable
@@ -71,13 +71,7 @@ class Trainer:
     def _replicated(self, chunk: Any, ddp: DistributedDataParallelConfig, first: bool) -> DistributedDataParallel:
         """A chunk whose gradients are reduced over data-parallel ranks, laid out as the distributed optimizer wants."""
         groups = self.process.groups
-        layout = DistributedOptimizer.compute_full_param_layout(
-            list(chunk.parameters()),
-            bucket_size=None,
-            data_parallel_world_size=groups.intra_dp_cp.size(),
-            ddp_config=ddp,
-            expert_data_parallel_world_size=groups.intra_expt_dp.size(),
-        )
+        layout = buffer_layout(chunk, groups, ddp, with_muon=self.recipe.optimizer.name == "muon")
         return DistributedDataParallel(
             chunk.config, ddp, chunk, disable_bucketing=not first, pg_collection=groups, full_param_layout=layout
         )
