@@ -75,12 +75,16 @@ class MinHash:
         kernels().joy_signatures(joined, starts, len(texts), *arguments)
         return found, shingles
 
-    def shingles(self, text: bytes) -> Hashes:
-        """The set of a UTF-8 text's shingle hashes: uint64, ascending, each once."""
+    def all_shingles(self, text: bytes) -> Hashes:
+        """The hashes of a UTF-8 text's shingles, uint64, in their order, repeated ones too."""
         out = np.empty(len(text) + 1, dtype=np.uint64)
         content = np.frombuffer(text + b" ", dtype=np.uint8)
         count = kernels().joy_shingles(content, len(text), *self._table(), self.gram, out)
-        return np.unique(out[:count])
+        return out[:count]
+
+    def shingles(self, text: bytes) -> Hashes:
+        """The set of a UTF-8 text's shingle hashes: uint64, ascending, each once."""
+        return np.unique(self.all_shingles(text))
 
 
 def jaccard_of_rows(store: Hashes, starts: Numbers, left: Numbers, right: Numbers) -> npt.NDArray[np.float64]:

@@ -1,0 +1,1 @@
+"""Keeps evaluation sets out of the training text."""

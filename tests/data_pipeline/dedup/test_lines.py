@@ -1,0 +1,74 @@
+"""Spans of lines stay where they are first and go everywhere else; what is alone stays."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.dedup.lines import SpanSettings, repeated_spans, without_spans
+
+FOOTER = "Subscribe to our newsletter today\nAll rights reserved by the\n\n  publisher of  THIS page"
+SPANS = SpanSettings(length=3, min_bytes=20)
+
+
+def cleaned(texts: list[str], folder: Path, spans: SpanSettings = SPANS, memory_rows: int = 1000) -> list[str]:
+    documents = [(number, text.encode()) for number, text in enumerate(texts)]
+    found = dict(repeated_spans(documents, spans, folder / "scratch", memory_rows))
+    return [
+        without_spans(text.encode(), found[number], spans)[0].decode() if number in found else text
+        for number, text in enumerate(texts)
+    ]
+
+
+def plain(texts: list[str], spans: SpanSettings) -> list[str]:
+    """The same, held in memory, straight from the description."""
+    seen: set[tuple[str, ...]] = set()
+    result = []
+    for text in texts:
+        lines = text.split("\n")
+        normal = [(number, " ".join(line.split()).casefold()) for number, line in enumerate(lines) if line.split()]
+        gone: set[int] = set()
+        for start in range(len(normal) - spans.length + 1):
+            window = normal[start : start + spans.length]
+            key = tuple(line for _, line in window)
+            if len("\n".join(key).encode()) < spans.min_bytes:
+                continue
+            if key in seen:
+                gone |= {number for number, _ in window}
+            seen.add(key)
+        result.append("\n".join(line for number, line in enumerate(lines) if number not in gone))
+    return result
+
+
+def test_a_footer_stays_in_its_first_document_only(tmp_path: Path) -> None:
+    texts = [f"Story {n}\nof its {n}\n{FOOTER.upper() if n == 2 else FOOTER}\nend {n}" for n in range(3)]
+    assert cleaned(texts, tmp_path) == [texts[0], "Story 1\nof its 1\n\nend 1", "Story 2\nof its 2\n\nend 2"]
+
+
+def test_a_span_repeated_within_one_document_goes_too(tmp_path: Path) -> None:
+    assert cleaned([f"{FOOTER}\nmiddle\n{FOOTER}"], tmp_path) == [f"{FOOTER}\nmiddle\n"]
+
+
+def test_short_spans_and_shorter_runs_stay(tmp_path: Path) -> None:
+    texts = [
+        "{\n}\n{\n}",
+        "{\n}\n{\n}",
+        "one long line of text\nanother long line",
+        "one long line of text\nanother long line",
+    ]
+    assert cleaned(texts, tmp_path) == texts
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from(["a", "B b", "b  B", "", " ", "c\u0130", "dd"]), max_size=9), max_size=6),
+    st.sampled_from([1, 5, 1000]),
+)
+def test_any_documents_equal_the_plain_way(
+    tmp_path_factory: pytest.TempPathFactory, documents: list[list[str]], memory_rows: int
+) -> None:
+    texts = ["\n".join(lines) for lines in documents]
+    spans = SpanSettings(length=2, min_bytes=3)
+    found = cleaned(texts, tmp_path_factory.mktemp("lines"), spans, memory_rows)
+    assert found == plain(texts, spans)
