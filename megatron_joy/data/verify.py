@@ -24,7 +24,7 @@ from megatron_joy.data.provenance import read_origins
 from megatron_joy.data.shards import ShardReader, bin_path, idx_path
 from megatron_joy.errors import UserError
 
-BLOCK = 1 << 22  # tokens looked at together: bounds memory on shards of any size
+BLOCK = 1 << 18  # tokens looked at together: a block stays in the processor's cache
 SHARD_ENDINGS = (".bin", ".idx", ".documents.jsonl.zst")
 
 
@@ -113,9 +113,8 @@ def _check_tokens(reader: ShardReader, manifest: Manifest, path: str) -> Iterato
     ends = 0
     for start in range(0, len(reader.tokens), BLOCK):
         block = reader.tokens[start : start + BLOCK]
-        outside = (block >= vocab_size) | (block < 0)
-        if outside.any():
-            first = int(np.argmax(outside))
+        if int(block.max()) >= vocab_size or int(block.min()) < 0:
+            first = int(np.argmax((block >= vocab_size) | (block < 0)))
             yield Problem(path, f"token {start + first}", f"id {block[first]}", f"below vocab_size {vocab_size}")
         ends += int(np.count_nonzero(block == eod))
     # Read past a wrong length would be an IndexError here and is reported as such by the index check.
