@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def child_start(folder: str) -> dict[str, float]:
     """The same imports, then up to the first micro-batch. Seconds (of the clock and of the CPU) count after them."""
     child_bare()
     from megatron_joy.data.batch import BatchLoader
-    from megatron_joy.data.steps import BatchShape
+    from megatron_joy.data.steps import BatchShape, micro_batch_indices
     from megatron_joy.data.stream import SampleStream
     from megatron_joy.recipe.schema import DataSection, SourceEntry
 
@@ -104,7 +105,8 @@ def child_start(folder: str) -> dict[str, float]:
     marks.append(time.perf_counter())
     stream.check_sizes()
     marks.append(time.perf_counter())
-    with BatchLoader(stream, BatchShape(8 * MICRO_BATCH, MICRO_BATCH, 8), 3, True, first_step=10_000) as loader:
+    deal = partial(micro_batch_indices, shape=BatchShape(8 * MICRO_BATCH, MICRO_BATCH, 8), data_parallel_rank=3)
+    with BatchLoader(stream, deal, True, first_step=10_000) as loader:
         assert next(loader)[0].tokens.shape == (MICRO_BATCH, SEQUENCE_LENGTH)
         marks.append(time.perf_counter())
     names = ("open_seconds", "check_sizes_seconds", "first_batch_seconds")

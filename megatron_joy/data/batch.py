@@ -5,7 +5,7 @@ Letters: b rows (samples), s row length (tokens), cp context-parallel ranks.
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from types import TracebackType
 from typing import Self
@@ -13,7 +13,6 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from megatron_joy.data.steps import BatchShape, micro_batch_indices
 from megatron_joy.data.stream import Sample, SampleStream
 
 ROW_FIELDS = ("tokens", "labels", "loss_mask", "mtp_labels", "mtp_loss_mask", "position_ids")
@@ -98,24 +97,25 @@ def context_parallel_slice(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
 class BatchLoader:
     """The micro-batches of each step for one data-parallel rank, made ahead of time in a thread.
 
-    Iterating gives for steps first_step, first_step + 1, ... (from 0; up to, not with, last_step where given) the list
-    of the step's `Batch`es. What it gives depends on the step alone, so resuming takes one integer. An error while
-    reading is raised in the consumer, at the step that it belongs to. Use it as a context manager, or call `close`.
+    Iterating gives for steps first_step, first_step + 1, ... (from 0; up to, not with, last_step where given) the
+    list of the step's `Batch`es, whose samples `deal` names (of `data.steps`). What it gives depends on the step
+    alone, so resuming takes one integer. An error while reading is raised in the consumer, at the step that it
+    belongs to. Use it as a context manager, or call `close`.
     """
 
     def __init__(
         self,
         stream: SampleStream,
-        shape: BatchShape,
-        data_parallel_rank: int,
+        deal: Callable[[int], Sequence[Sequence[int]]],
         document_mask: bool,
         first_step: int = 0,
         last_step: int | None = None,
         ahead: int = 2,
     ) -> None:
-        self._stream, self._shape, self._rank, self._mask = stream, shape, data_parallel_rank, document_mask
+        self._stream, self._deal, self._mask = stream, deal, document_mask
         self._first, self._last = first_step, last_step
-        micro_batch_indices(first_step, shape, data_parallel_rank)  # a shape that does not divide fails here
+        if last_step is None or first_step < last_step:
+            deal(first_step)  # a shape that does not divide fails here
         self._queue: queue.Queue[list[Batch] | BaseException | None] = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
         self._ended = False
@@ -125,7 +125,7 @@ class BatchLoader:
     def _batches(self, step: int) -> list[Batch]:
         return [
             make_batch([self._stream.sample(k) for k in samples], self._mask, self._stream.eod_id)
-            for samples in micro_batch_indices(step, self._shape, self._rank)
+            for samples in self._deal(step)
         ]
 
     def _work(self) -> None:

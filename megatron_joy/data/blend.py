@@ -11,7 +11,7 @@ neither loses nor repeats a sample of any source.
 import heapq
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -24,14 +24,17 @@ CYCLE_LIMIT = 100_000
 
 
 @dataclass(frozen=True)
-class BlendSegment:
-    """From sample `start` of the run on, sources are drawn by `weights` (name -> share, need not sum to 1)."""
+class BlendSegment[K: Hashable]:
+    """From sample `start` of the run on, sources are drawn by `weights` (source -> share, need not sum to 1).
+
+    A source is whatever is read in an order of its own: of a text that is read at two lengths each length is one.
+    """
 
     start: int
-    weights: Mapping[str, float]
+    weights: Mapping[K, float]
 
 
-def cycle_counts(weights: Mapping[str, float], limit: int = CYCLE_LIMIT) -> list[int]:
+def cycle_counts[K: Hashable](weights: Mapping[K, float], limit: int = CYCLE_LIMIT) -> list[int]:
     """Slots of each source in one cycle, in the order of `weights`.
 
     Exact where the weights, read as the decimal numbers they print as, fit a cycle of at most `limit` slots (0.7 and
@@ -82,10 +85,10 @@ def interleave(counts: Sequence[int]) -> npt.NDArray[np.int32]:
     return np.array(order, dtype=np.int32)
 
 
-class _Cycle:
+class _Cycle[K: Hashable]:
     """One segment made ready: slot -> (source, occurrence), and how many readings each source had before it."""
 
-    def __init__(self, segment: BlendSegment, before: Mapping[str, int]) -> None:
+    def __init__(self, segment: BlendSegment[K], before: Mapping[K, int]) -> None:
         self.start = segment.start
         self.names = list(segment.weights)
         self.before = dict(before)
@@ -96,13 +99,13 @@ class _Cycle:
         for places in self.of_source:
             self.occurrence[places] = np.arange(len(places))
 
-    def locate(self, k: int) -> tuple[str, int]:
+    def locate(self, k: int) -> tuple[K, int]:
         cycle, slot = divmod(k - self.start, len(self.slots))
         source = int(self.slots[slot])
         name = self.names[source]
         return name, self.before.get(name, 0) + cycle * self.counts[source] + int(self.occurrence[slot])
 
-    def readings_before(self, k: int) -> dict[str, int]:
+    def readings_before(self, k: int) -> dict[K, int]:
         """How often each source that ever had a share was read in samples [0, k)."""
         cycle, slot = divmod(k - self.start, len(self.slots))
         partial = np.bincount(self.slots[:slot], minlength=len(self.names))
@@ -111,7 +114,7 @@ class _Cycle:
             totals[name] = totals.get(name, 0) + cycle * self.counts[source] + int(partial[source])
         return totals
 
-    def sample_of(self, name: str, reading: int) -> int | None:
+    def sample_of(self, name: K, reading: int) -> int | None:
         """The sample that is `reading` of the source if this segment went on for ever; None where it is before it."""
         if name not in self.names or reading < self.before.get(name, 0):
             return None
@@ -120,38 +123,38 @@ class _Cycle:
         return self.start + cycle * len(self.slots) + int(self.of_source[source][occurrence])
 
 
-class Blend:
+class Blend[K: Hashable]:
     """k -> (source, reading of that source), for the whole history of a run's blends.
 
     segments: ascending by start, the first at 0. Raises ValueError when they are not, UserError as `cycle_counts`.
     """
 
-    def __init__(self, segments: Sequence[BlendSegment]) -> None:
+    def __init__(self, segments: Sequence[BlendSegment[K]]) -> None:
         starts = [segment.start for segment in segments]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)):
             raise ValueError(f"segments start at {starts}; expected 0 first, then ascending")
         self._starts = starts
-        self._cycles: list[_Cycle] = []
-        before: dict[str, int] = {}
+        self._cycles: list[_Cycle[K]] = []
+        before: dict[K, int] = {}
         for segment in segments:
             if self._cycles:
                 before = self._cycles[-1].readings_before(segment.start)
             self._cycles.append(_Cycle(segment, before))
 
-    def _at(self, k: int) -> _Cycle:
+    def _at(self, k: int) -> _Cycle[K]:
         if k < 0:
             raise IndexError(f"sample {k}; samples count from 0")
         return self._cycles[bisect_right(self._starts, k) - 1]
 
-    def locate(self, k: int) -> tuple[str, int]:
+    def locate(self, k: int) -> tuple[K, int]:
         """Sample k's source and the number of this reading of it, both from 0."""
         return self._at(k).locate(k)
 
-    def readings_before(self, k: int) -> dict[str, int]:
+    def readings_before(self, k: int) -> dict[K, int]:
         """How often each source was read in samples [0, k)."""
         return self._at(k).readings_before(k)
 
-    def sample_of(self, name: str, reading: int) -> int | None:
+    def sample_of(self, name: K, reading: int) -> int | None:
         """The sample that is `reading` of a source (the inverse of `locate`); None when the run never gets there."""
         ends: list[float] = [*self._starts[1:], math.inf]
         for cycle, end in zip(self._cycles, ends, strict=True):
@@ -160,6 +163,6 @@ class Blend:
                 return sample
         return None
 
-    def description(self) -> list[tuple[int, list[tuple[str, int]]]]:
+    def description(self) -> list[tuple[int, list[tuple[K, int]]]]:
         """What determines the blend: of each segment its start, and each source's slots in the cycle."""
         return [(cycle.start, list(zip(cycle.names, cycle.counts, strict=True))) for cycle in self._cycles]

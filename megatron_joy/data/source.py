@@ -1,22 +1,26 @@
 """A source: the shards of one manifest as one long text of tokens, cut into samples that are read when asked for.
 
-Sample i is tokens i * s .. i * s + s (s + 1 of them, s being the recipe's sequence length): neighbours share one token,
-which is the last label of one and the first input of the next. What is left after the last whole sample (s tokens at
-most) is not read. Opening reads the manifest only; each shard's files are opened when first touched, and few at a time.
+A sample is s tokens and one more, s being the sequence length: neighbours share one token, which is the last label of
+one and the first input of the next. `cut` says where sample i begins; with one length that is i * s. What is left after
+the last whole sample (or block of samples) is not read. Opening reads the manifest only; each shard's files are opened
+when first touched, and few at a time.
 """
 
 import hashlib
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_joy.data.cut import block_of, shares
 from megatron_joy.data.manifest import Manifest, ShardEntry, load_manifest, manifest_path
 from megatron_joy.data.provenance import DocumentOrigin, read_origins
 from megatron_joy.data.shards import ShardReader, bin_path, idx_path
@@ -109,11 +113,20 @@ class Source:
     """One manifest's samples of `sequence_length` tokens and one more.
 
     Attributes: folder; manifest; name (the manifest's); fingerprint (of its tokens); tokens; samples (of one epoch).
-    Raises UserError as `load_manifest`, and when the source has not the tokens of one sample.
+    planned: tokens that the run reads at each of its sequence lengths, by which the text is shared out (`data.cut`);
+    none: the whole text is for this one. Raises UserError as `load_manifest`, and when the source has not the tokens of
+    one sample.
     """
 
-    def __init__(self, folder: Path | str, sequence_length: int) -> None:
-        self.manifest = load_manifest(folder)
+    def __init__(
+        self,
+        folder: Path | str,
+        sequence_length: int,
+        seed: int = 0,
+        planned: Mapping[int, Fraction] | None = None,
+        manifest: Manifest | None = None,
+    ) -> None:
+        self.manifest = manifest or load_manifest(folder)
         self.folder = manifest_path(folder).parent
         self.name, self.fingerprint = self.manifest.source, source_fingerprint(self.manifest)
         self.sequence_length = sequence_length
@@ -121,19 +134,23 @@ class Source:
         self._starts = np.zeros(len(self.manifest.shards) + 1, dtype=np.int64)
         np.cumsum([entry.tokens for entry in self.manifest.shards], out=self._starts[1:])
         self.tokens = int(self._starts[-1])
-        self.samples = (self.tokens - 1) // sequence_length
-        if self.samples < 1:
+        planned = planned or {sequence_length: Fraction(1)}
+        found = shares(self.tokens, planned, seed, self.fingerprint)
+        if found is None:
             raise UserError(
-                f"{manifest_path(folder)}: {self.tokens} tokens, expected at least {sequence_length + 1} for one "
-                f"sample of data.sequence_length = {sequence_length}; add documents or shorten the sequence"
+                f"{manifest_path(folder)}: {self.tokens} tokens, expected at least "
+                f"{len(planned) * block_of(list(planned)) + 1} for one sample of data.sequence_length = "
+                f"{' and one of '.join(map(str, sorted(planned)))}; add documents or shorten the sequence"
             )
+        self._share = found[sequence_length]
+        self.samples = self._share.samples
         self._files = TokenFiles()
 
     def token_offset(self, index: int) -> int:
         """Where in the source's text of tokens a sample begins. Raises IndexError outside 0 .. samples - 1."""
         if not 0 <= index < self.samples:
             raise IndexError(f"{self.name}: sample {index} of {self.samples}")
-        return index * self.sequence_length
+        return self._share.offset(index)
 
     def sample(self, index: int) -> npt.NDArray[np.int64]:
         """The tokens of a sample, int64 [sequence_length + 1].
@@ -214,6 +231,18 @@ class Source:
                 "write the set again"
             )
         return origins
+
+    def longest_document(self, enough: int) -> int:
+        """Tokens of the longest document; stops at the first one of at least `enough` tokens, eod not counted."""
+        longest = 0
+        for entry in self.manifest.shards:
+            shard = ShardReader(self.folder / entry.name)
+            if len(shard.document_indices) > 1:
+                sums = np.concatenate([[0], np.cumsum(shard.lengths, dtype=np.int64)])[shard.document_indices]
+                longest = max(longest, int(np.diff(sums).max()) - 1)
+            if longest >= enough:
+                break
+        return longest
 
     def check_sizes(self) -> None:
         """Holds the size of every file against the manifest; a second or so for 40,000 shards on a local disk.

@@ -14,10 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_joy.data.source import DocumentPiece
-from megatron_joy.data.steps import BatchShape, micro_batch_indices
+from megatron_joy.data.steps import planned_indices
 from megatron_joy.data.stream import SampleStream
 from megatron_joy.errors import UserError
 from megatron_joy.recipe import Recipe, load_recipe
+from megatron_joy.recipe.ledger import begin, read_ledger
+from megatron_joy.recipe.timetable import Timetable
 
 
 def trace(run_folder: Path | str, step: int, rank: int | None = None) -> list[dict[str, Any]]:
@@ -25,7 +27,8 @@ def trace(run_folder: Path | str, step: int, rank: int | None = None) -> list[di
 
     rank: a data-parallel rank, None for all. One row for each part of a document in a sample, all of it JSON:
         step; rank (data-parallel), micro_batch, row (in the micro-batch), by the layout of the newest attempt;
-        sample (of the run); source; epoch; index (sample of the source); token_offset (of the sample in the source);
+        sample (of the run); source; epoch; index (sample of the source at this length); token_offset (of the sample in
+        the source); sequence_length;
         shard; document (number in the shard); tokens [first, last) in the sample; document_tokens [first, last) in the
         document; origin (file, offset, licence, ... as `DocumentOrigin`; None where the shard has none).
     A sample has sequence_length + 1 tokens; the last one is only a label.
@@ -38,13 +41,13 @@ def trace(run_folder: Path | str, step: int, rank: int | None = None) -> list[di
         raise UserError(f"--step {step}: the run has steps 1 to {recipe.train.steps} (train.steps); name one of them")
     if rank is not None and not 0 <= rank < ranks:
         raise UserError(f"--rank {rank}: the run has data-parallel ranks 0 to {ranks - 1}; name one of them")
-    shape = BatchShape(recipe.train.global_batch_size, recipe.train.micro_batch_size, ranks)
-    stream = SampleStream(recipe.data, recipe.seed, "train")
+    timetable = Timetable(recipe)
+    stream = SampleStream(recipe.data, recipe.seed, "train", read_ledger(Path(run_folder)) or begin(recipe))
     try:
         return [
             {"step": step, "rank": data_rank, "micro_batch": m, "row": row, **part}
             for data_rank in (range(ranks) if rank is None else [rank])
-            for m, samples in enumerate(micro_batch_indices(step - 1, shape, data_rank))
+            for m, samples in enumerate(planned_indices(step - 1, timetable, ranks, data_rank))
             for row, k in enumerate(samples)
             for part in trace_sample(stream, k)
         ]

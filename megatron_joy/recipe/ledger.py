@@ -5,15 +5,17 @@ the next one begins. A recipe whose blend was edited adds an entry on resume, so
 every source goes on where it stopped. Checkpoints keep the ledger; the run's folder has a copy for readers.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from megatron_joy.errors import UserError
 
 from .schema import Recipe
-from .timetable import Shares, Stage, Timetable
+from .timetable import Shares, Timetable
 
 LEDGER_FILE = "ledger.json"  # in a run's folder
 
@@ -136,6 +138,15 @@ def from_json(value: Any) -> Ledger:
         ) from None
 
 
+def read_ledger(run_folder: Path) -> Ledger | None:
+    """The ledger in a run's folder, None where there is none yet. Raises UserError for a damaged one."""
+    path = run_folder / LEDGER_FILE
+    try:
+        return from_json(json.loads(path.read_bytes())) if path.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); resume the run once, which writes it again") from None
+
+
 def check_history(old: Recipe, new: Recipe, done: int) -> None:
     """Refuses a recipe under which the first `done` updates of `old`'s run would have been other ones.
 
@@ -169,13 +180,3 @@ def _alike(timetable: Timetable, done: int) -> Alike:
 def _text(stretches: Alike, step: int) -> str:
     _, size, length, base = max(stretch for stretch in stretches if stretch[0] <= step)
     return f"{size} x {length} tokens and rotary base {base:g}" if size else "nothing (it is over)"
-
-
-def stage_lines(stage: Stage) -> str:
-    """A stage in a line, for the terminal and the run's events."""
-    first, last = stage.ramp.first, stage.ramp.last
-    batch = f"{last}" if first == last else f"{first} to {last}"
-    return (
-        f"stage {stage.name}, updates {stage.first_step + 1} to {stage.last_step}: {batch} samples of "
-        f"{stage.sequence_length} tokens, learning rate {stage.curves[0].start:g} to {stage.curves[-1].end:g}"
-    )

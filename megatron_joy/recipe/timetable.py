@@ -268,3 +268,13 @@ def _blend(recipe: Recipe, section: StageSection | None) -> Shares:
     if section and section.blend:
         return tuple((entry.source, entry.weight) for entry in section.blend)
     return tuple((entry.label, entry.weight) for entry in recipe.data.train)
+
+
+def stage_line(stage: Stage) -> str:
+    """A stage in a line, for the terminal and the run's events."""
+    first, last = stage.ramp.first, stage.ramp.last
+    batch = f"{last}" if first == last else f"{first} to {last}"
+    return (
+        f"stage {stage.name}, updates {stage.first_step + 1} to {stage.last_step}: {batch} samples of "
+        f"{stage.sequence_length} tokens, learning rate {stage.curves[0].start:g} to {stage.curves[-1].end:g}"
+    )

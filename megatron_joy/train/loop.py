@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_joy.data.batch import Batch
+from megatron_joy.recipe.timetable import Stage, StepPlan
 from megatron_joy.train.moments import Feature
 from megatron_joy.train.run import Run
 from megatron_joy.train.step import Trainer
@@ -16,17 +17,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Loop:
-    """What the features see: the run, its trainer, and a wish that any of them may express.
-
-    The wish must be the same on all ranks (`features.signals` shows how ranks agree).
-    """
+    """What the features see: the run, its trainer, and a wish that any may express, the same on all ranks."""
 
     run: Run
     trainer: Trainer
     features: Sequence[Feature]
     notes: Sequence[str] = ()  # said once at the start: what was found on the way here
     wants_stop: bool = False
+    stage: Stage | None = None  # that the model is set up for
+    plan: StepPlan = field(init=False)  # of the update that is computed
     row: dict[str, Any] = field(default_factory=dict)  # what features add to this step's row of metrics
+
+    def look_up(self, number: int) -> bool:
+        """Turns to update `number` of the timetable; whether it is another stage's than the one before."""
+        before, self.plan = self.stage, self.trainer.timetable.at(number)
+        self.stage = self.plan.stage
+        return before is not self.stage
 
     @property
     def done(self) -> bool:
@@ -61,10 +67,12 @@ def train(loop: Loop, batches: Iterator[Sequence[Batch]]) -> None:
             for note in loop.notes:
                 loop.tell("on_note", note)
             while not (loop.done or loop.wants_stop):
-                loop.row = {}
+                loop.row, number = {}, run.progress.step + 1
+                if loop.look_up(number):
+                    loop.tell("on_stage_change", loop.stage)
                 loop.tell("before_step")
-                result = trainer.step(run.progress.step + 1, next(batches))
-                run.progress.advance(trainer.samples_per_step, trainer.tokens_per_step)
+                result = trainer.step(number, next(batches))
+                run.progress.advance(loop.plan.global_batch_size, loop.plan.tokens)
                 loop.tell("after_step", result)
             loop.tell("on_finish")
         except BaseException as error:

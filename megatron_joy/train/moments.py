@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from megatron_joy.recipe.timetable import Stage
 from megatron_joy.train.run import Run
 from megatron_joy.train.step import StepResult
 
@@ -16,6 +17,9 @@ class Feature:
 
     def on_start(self, loop: "Loop") -> None:
         """Once, when weights and progress are in place."""
+
+    def on_stage_change(self, loop: "Loop", stage: Stage) -> None:
+        """The next update is the stage's first, or the attempt's first: everything that the stage sets is due."""
 
     def before_step(self, loop: "Loop") -> None:
         """Before update `progress.step + 1` is computed."""

@@ -3,33 +3,34 @@
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from megatron_joy.checkpoint.load import choose, load_checkpoint
 from megatron_joy.data.batch import Batch, BatchLoader, make_batch
-from megatron_joy.data.steps import BatchShape, micro_batch_indices
+from megatron_joy.data.steps import BatchShape, micro_batch_indices, planned_indices
 from megatron_joy.data.stream import SampleStream, open_streams
 from megatron_joy.errors import UserError
 from megatron_joy.model.build import build_model
 from megatron_joy.platform import process as processes
 from megatron_joy.platform.process import Process
 from megatron_joy.platform.stop_request import StopRequest
-from megatron_joy.recipe import load_recipe
-from megatron_joy.recipe.ledger import check_history
 from megatron_joy.recipe.schema import Recipe
+from megatron_joy.recipe.timetable import Timetable
 from megatron_joy.train.features.checkpointing import Checkpointing
 from megatron_joy.train.features.guard import Guard
 from megatron_joy.train.features.metrics import Metrics
 from megatron_joy.train.features.signals import StopOnSignal
+from megatron_joy.train.features.staging import StageSettings
 from megatron_joy.train.features.stopwatch import Stopwatch
 from megatron_joy.train.features.terminal import Terminal
 from megatron_joy.train.features.validation import Validation
 from megatron_joy.train.logs import RankLog
 from megatron_joy.train.loop import Loop, train
 from megatron_joy.train.moments import Feature
-from megatron_joy.train.run import Progress, Run, open_run, recorded
+from megatron_joy.train.resume import Past, look_back
+from megatron_joy.train.run import Run, open_run, recorded
 from megatron_joy.train.step import Trainer
 
 
@@ -39,19 +40,19 @@ def pretrain(recipe: Recipe, stop: StopRequest | None = None) -> bool:
     A run folder with checkpoints is gone on with. Raises UserError for what the user can mend (data, layout, a changed
     recipe) before anything is trained or written, WorkError when the work itself fails.
     """
-    if recipe.stages:
-        raise UserError("stages: joy pretrain trains recipes of one stage so far; leave [[stages]] out")
     torch.set_num_threads(_threads(recipe))
     process = processes.start(recipe.layout, recipe.seed)
     with RankLog() as log, ExitStack() as opened:
-        train_stream, validation_stream = _open_data(recipe, process, opened)
         run = open_run(recipe, process)
+        past = look_back(run)
+        train_stream, validation_stream = _open_data(run, opened)
+        past.check_sources(train_stream.labels)
         trainer = Trainer(recipe, process, build_model(recipe, process))
-        resumed_from, notes = _resume(run, trainer, train_stream)
+        past.load(run, trainer)
         opened.enter_context(recorded(run))
         log.open(run)
-        features = _features(run, train_stream, validation_stream, stop or StopRequest(), resumed_from)
-        loop = Loop(run, trainer, features, notes)
+        features = _features(run, train_stream, validation_stream, stop or StopRequest(), past)
+        loop = Loop(run, trainer, features, past.notes)
         train(loop, opened.enter_context(_loader(recipe, process, train_stream, run.progress.step)))
     # Not after an error: ranks that are gone can't take leave.
     processes.stop()
@@ -65,11 +66,12 @@ def _threads(recipe: Recipe) -> int:
     return max(1, (os.cpu_count() or 1) // ranks_here)
 
 
-def _open_data(recipe: Recipe, process: Process, opened: ExitStack) -> tuple[SampleStream, SampleStream | None]:
+def _open_data(run: Run, opened: ExitStack) -> tuple[SampleStream, SampleStream | None]:
     """Opens the streams on every rank; rank 0 alone looks at every shard's size, and all hear what it found."""
+    recipe, process = run.recipe, run.process
     if not recipe.data.train:
         raise UserError("data.train: no source is given, expected at least one; add [[data.train]] with a manifest")
-    train_stream, validation_stream = open_streams(recipe)
+    train_stream, validation_stream = open_streams(recipe, run.ledger)
     streams = [stream for stream in (train_stream, validation_stream) if stream is not None]
     for stream in streams:
         opened.callback(stream.close)
@@ -78,6 +80,7 @@ def _open_data(recipe: Recipe, process: Process, opened: ExitStack) -> tuple[Sam
         try:
             for stream in streams:
                 stream.check_sizes()
+            train_stream.check_documents(_wanted_documents(recipe, run.progress.step))
         except UserError as error:
             problem[0] = str(error)
     dist.broadcast_object_list(problem, src=0)
@@ -86,35 +89,24 @@ def _open_data(recipe: Recipe, process: Process, opened: ExitStack) -> tuple[Sam
     return train_stream, validation_stream
 
 
-def _resume(run: Run, trainer: Trainer, stream: SampleStream) -> tuple[str | None, Sequence[str]]:
-    """Loads the newest whole checkpoint, if there is one: (its name, what is to be said about those passed over)."""
-    choice = choose(run.folder / "checkpoints", run.process)
-    checkpoint = choice.checkpoint
-    if checkpoint is None:
-        return None, choice.notes
-    check_history(load_recipe(str(checkpoint.recipe_path)), run.recipe, checkpoint.marker.step)
-    # Weights alone have none; loading refuses them in its own words.
-    trained_on = checkpoint.state.get("data_fingerprint")
-    if trained_on is not None and trained_on != stream.fingerprint():
-        raise UserError(
-            f"{checkpoint.path}: was trained on other data (fingerprint {trained_on[:12]}, data.train now has "
-            f"{stream.fingerprint()[:12]}); put the old shards back or name a new run.folder"
-        )
-    state = load_checkpoint(checkpoint, chunks=trainer.chunks, optimizer=trainer.optimizer, process=run.process)
-    run.progress = Progress(**state["progress"])
-    return checkpoint.path.name, choice.notes
+def _wanted_documents(recipe: Recipe, done: int) -> list[tuple[str, str, int]]:
+    """(key, source, tokens of its longest document) that stages ask for which are not over yet."""
+    return [
+        (f"stages.{stage.index}.min_longest_document", label, stage.min_longest_document)
+        for stage in Timetable(recipe).stages
+        if stage.min_longest_document and stage.last_step > done
+        for label, _ in stage.blend
+    ]
 
 
 def _loader(recipe: Recipe, process: Process, stream: SampleStream, done: int) -> BatchLoader:
-    shape = BatchShape(recipe.train.global_batch_size, recipe.train.micro_batch_size, recipe.layout.data_parallel_size)
-    return BatchLoader(
-        stream,
-        shape,
-        process.groups.dp.rank(),
-        recipe.data.document_mask,
-        first_step=done,
-        last_step=recipe.train.steps,
+    deal = partial(
+        planned_indices,
+        timetable=Timetable(recipe),
+        data_parallel_size=recipe.layout.data_parallel_size,
+        data_parallel_rank=process.groups.dp.rank(),
     )
+    return BatchLoader(stream, deal, recipe.data.document_mask, first_step=done, last_step=recipe.train.steps)
 
 
 def _validation_batches(recipe: Recipe, process: Process, stream: SampleStream) -> list[Batch]:
@@ -131,16 +123,18 @@ def _features(
     train_stream: SampleStream,
     validation_stream: SampleStream | None,
     stop: StopRequest,
-    resumed_from: str | None,
+    past: Past,
 ) -> Sequence[Feature]:
     """In the order in which a step's end needs them: what adds to the row, the row, the guard, the checkpoint."""
     recipe = run.recipe
-    features: list[Feature] = [Stopwatch(), StopOnSignal(stop)]
+    features: list[Feature] = [StageSettings(), Stopwatch(), StopOnSignal(stop)]
     if validation_stream is not None and recipe.train.validation_interval:
         batches = _validation_batches(recipe, run.process, validation_stream)
         features.append(Validation(batches, recipe.train.validation_interval))
     if run.process.is_first_rank:
-        features += [Metrics(run, train_stream, resumed_from), Terminal(resumed_from)]
+        features += [Metrics(run, train_stream, past.name), Terminal(past.name)]
     features.append(Guard())
-    features.append(Checkpointing(recipe.checkpoint.interval, recipe.checkpoint.keep_last, train_stream.fingerprint()))
+    features.append(
+        Checkpointing(recipe.checkpoint.interval, recipe.checkpoint.keep_last, past.sources | train_stream.labels)
+    )
     return features

@@ -20,6 +20,7 @@ from megatron_joy.data.atomic import write_atomically
 from megatron_joy.errors import UserError
 from megatron_joy.platform.process import Process
 from megatron_joy.recipe import Recipe, check_run_folder, dump_recipe
+from megatron_joy.recipe.ledger import LEDGER_FILE, Ledger, as_json
 from megatron_joy.recipe.resume import RECIPE_FILE
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "tokenizers", "gigatoken", "numpy")
@@ -54,6 +55,7 @@ class Run:
     folder: Path
     attempt: int
     progress: Progress
+    ledger: Ledger = ()  # what its samples follow from; complete when the run begins or goes on
 
 
 def environment() -> dict[str, Any]:
@@ -103,6 +105,7 @@ def recorded(run: Run) -> Iterator[None]:
         def record() -> None:
             (run.folder / "logs").mkdir(parents=True, exist_ok=True)
             opened.enter_context(_alone_in(run.folder))
+            write_atomically(run.folder / LEDGER_FILE, json.dumps(as_json(run.ledger)).encode())
             write_atomically(run.folder / RECIPE_FILE, dump_recipe(run.recipe).encode())
             write_atomically(run.folder / "environment.json", json.dumps(environment(), indent=2).encode())
 

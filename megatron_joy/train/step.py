@@ -13,11 +13,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_joy.data.batch import Batch
+from megatron_joy.model.rope import set_rotary_base
 from megatron_joy.optim.build import build_optimizer, set_learning_rate
 from megatron_joy.optim.layout import buffer_layout
 from megatron_joy.platform.process import Process
 from megatron_joy.recipe.schema import Recipe
-from megatron_joy.recipe.timetable import Timetable
+from megatron_joy.recipe.timetable import Stage, Timetable
 from megatron_joy.train.forward import MicroBatch, forward_step
 from megatron_joy.train.router_load import RouterLoad
 
@@ -64,9 +65,21 @@ class Trainer:
         config.grad_scale_func = self.optimizer.scale_loss
         config.no_sync_func = [c.no_sync for c in self.chunks] if len(self.chunks) > 1 else self.chunks[0].no_sync
         self.schedule = get_forward_backward_func()
+        self.models, self._mtp_models = chunks, [chunk for chunk in chunks if chunk.mtp_process]
         self._with_mtp = recipe.model.num_nextn_predict_layers > 0
-        self.samples_per_step = recipe.train.global_batch_size
-        self.tokens_per_step = self.samples_per_step * recipe.data.sequence_length
+
+    def enter(self, stage: Stage) -> None:
+        """Sets the model up for a stage; weights, optimizer state and router biases go on as they are.
+
+        With a loss factor of 0 the MTP layer is left out of the computation.
+        """
+        config = self.models[0].config  # one for all chunks
+        config.moe_router_bias_update_rate = stage.router_bias_update_rate
+        config.mtp_loss_scaling_factor = stage.mtp_loss_factor
+        self._with_mtp = self.recipe.model.num_nextn_predict_layers > 0 and stage.mtp_loss_factor > 0
+        for model in self._mtp_models:
+            model.mtp_process = self._with_mtp
+        set_rotary_base(self.models, stage.rope_theta)
 
     def _replicated(self, chunk: Any, ddp: DistributedDataParallelConfig, first: bool) -> DistributedDataParallel:
         """A chunk whose gradients are reduced over data-parallel ranks, laid out as the distributed optimizer wants."""
@@ -125,7 +138,7 @@ class Trainer:
         rows = [MicroBatch(batch, weight) for batch in batches]
         several = len(self.chunks) > 1
         packed = self.process.groups.cp.size() == 1
-        row, size = self.recipe.data.sequence_length, self.recipe.train.micro_batch_size
+        size, row = batches[0].tokens.shape
         reports = self.schedule(
             forward_step_func=partial(forward_step, self.process, self._with_mtp),
             data_iterator=[iter(rows) for _ in self.chunks] if several else iter(rows),

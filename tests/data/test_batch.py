@@ -18,7 +18,7 @@ from megatron_joy.data.stream import Sample, SampleStream
 from megatron_joy.errors import UserError
 from megatron_joy.recipe.schema import DataSection
 
-from .tiny_shards import some_texts, write_shard_set
+from .tiny_shards import dealt, some_texts, write_shard_set
 
 EOD = 0
 
@@ -162,7 +162,7 @@ def step_rows(stream: SampleStream, step: int, ranks: int, micro: int) -> set[tu
     """All rows of a step over the ranks of a layout, each with its label row, as sets (rows differ in this data)."""
     rows = set()
     for rank in range(ranks):
-        with BatchLoader(stream, BatchShape(8, micro, ranks), rank, True, step, step + 1) as loader:
+        with BatchLoader(stream, dealt(BatchShape(8, micro, ranks), rank), True, step, step + 1) as loader:
             for batch in next(loader):
                 for row in torch.cat([batch.tokens, batch.labels, batch.position_ids], dim=1).tolist():
                     rows.add(tuple(row))
@@ -187,11 +187,11 @@ def equal(one: list[Batch], other: list[Batch]) -> bool:
 
 def test_resuming_at_a_step_gives_what_an_uninterrupted_run_gets(stream: SampleStream) -> None:
     shape = BatchShape(8, 2, 2)
-    with BatchLoader(stream, shape, 1, True, last_step=12) as loader:
+    with BatchLoader(stream, dealt(shape, 1), True, last_step=12) as loader:
         whole = list(loader)
     assert len(whole) == 12
     for start in (1, 5, 11, 12):
-        with BatchLoader(stream, shape, 1, True, start, 12, ahead=1) as loader:
+        with BatchLoader(stream, dealt(shape, 1), True, start, 12, ahead=1) as loader:
             rest = list(loader)
             assert list(loader) == []  # it stays ended
         assert len(rest) == 12 - start
@@ -207,7 +207,7 @@ def test_an_error_while_reading_reaches_the_consumer_at_its_step(stream: SampleS
                 raise UserError("shard_00007.bin: cut short")
             return stream.sample(k)
 
-    with BatchLoader(Broken(), BatchShape(8, 8, 1), 0, True) as loader:  # type: ignore[arg-type]
+    with BatchLoader(Broken(), dealt(BatchShape(8, 8, 1), 0), True) as loader:  # type: ignore[arg-type]
         assert len(next(loader)) == 1
         assert len(next(loader)) == 1
         with pytest.raises(UserError, match=r"shard_00007\.bin: cut short"):
@@ -218,7 +218,7 @@ def test_an_error_while_reading_reaches_the_consumer_at_its_step(stream: SampleS
 
 def test_closing_ends_the_thread_even_when_nobody_reads(stream: SampleStream) -> None:
     before = threading.active_count()
-    loader = BatchLoader(stream, BatchShape(8, 8, 1), 0, True)
+    loader = BatchLoader(stream, dealt(BatchShape(8, 8, 1), 0), True)
     next(loader)
     loader.close()
     loader.close()
@@ -230,5 +230,5 @@ def test_closing_ends_the_thread_even_when_nobody_reads(stream: SampleStream) ->
 def test_a_wrong_shape_is_refused_before_a_thread_starts(stream: SampleStream) -> None:
     before = threading.active_count()
     with pytest.raises(ValueError, match="global batch of 9"):
-        BatchLoader(stream, BatchShape(9, 2, 1), 0, True)
+        BatchLoader(stream, dealt(BatchShape(9, 2, 1), 0), True)
     assert threading.active_count() == before

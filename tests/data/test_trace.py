@@ -17,7 +17,7 @@ from megatron_joy.recipe import dump_recipe
 from megatron_joy.recipe.derive import derive
 from megatron_joy.recipe.schema import Recipe
 
-from .tiny_shards import encode, recipe_table, some_texts, write_shard_set
+from .tiny_shards import dealt, encode, recipe_table, some_texts, write_shard_set
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_the_text_that_a_step_leads_to_is_the_text_that_it_was_trained_on(run: t
     for step in (1, 10):
         for rank in range(2):
             rows = trace(folder, step, rank)
-            with BatchLoader(stream, BatchShape(8, 2, 2), rank, True, step - 1, step) as loader:
+            with BatchLoader(stream, dealt(BatchShape(8, 2, 2), rank), True, step - 1, step) as loader:
                 batches = next(loader)
             read: dict[tuple[int, int], list[int]] = {}
             for row in rows:

@@ -1,7 +1,8 @@
 """Small shard sets of real text for tests: token b + 1 is byte b, 0 ends a document. Readable by hand, decodable."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron_joy.data.manifest import (
 )
 from megatron_joy.data.provenance import SUFFIX, DocumentOrigin, write_origins
 from megatron_joy.data.shards import ShardWriter
+from megatron_joy.data.steps import BatchShape, micro_batch_indices
 
 EOD = 0
 VOCABULARY = 257
@@ -82,6 +84,11 @@ def some_texts(shards: int, documents: int, seed: int = 0, longest: int = 40) ->
         return bytes(generator.integers(97, 123, generator.integers(1, longest + 1), dtype=np.uint8)).decode()
 
     return [[text() for _ in range(documents)] for _ in range(shards)]
+
+
+def dealt(shape: BatchShape, rank: int) -> Callable[[int], list[list[int]]]:
+    """What a rank reads at each step when all steps have one shape."""
+    return partial(micro_batch_indices, shape=shape, data_parallel_rank=rank)
 
 
 def recipe_table(train: Sequence[dict[str, Any]], sequence_length: int = 16, **train_keys: Any) -> dict[str, Any]:

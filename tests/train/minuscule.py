@@ -192,3 +192,51 @@ def kill_near(nth: int, share: float) -> None:
 def signal_at(step: int, number: int, rank: int | None = None) -> None:
     """Arranges for a signal in the midst of an update, on one rank or on all."""
     at_step(step, lambda: os.kill(os.getpid(), number), rank)
+
+
+STAGES = """
+[[stages]]
+name = "warmup"
+steps = 4
+ramp_from = 4
+ramp_increment = 4
+start_lr = 0.0
+end_lr = 1e-2
+lr_shape = "linear"
+mtp_loss_factor = 0.0
+blend = [{ source = "letters", weight = 3.0 }, { source = "digits" }]
+
+[[stages]]
+name = "decay"
+steps = 3
+end_lr = 5e-3
+lr_shape = "cosine"
+blend = [{ source = "letters" }, { source = "digits", weight = 3.0 }]
+
+[[stages]]
+name = "long"
+steps = 3
+sequence_length = 64
+global_batch_size = 4
+micro_batch_size = 2
+end_lr = 1e-3
+lr_shape = "linear"
+rope_theta = 40_000.0
+router_bias_update_rate = 0.0
+min_longest_document = 50
+blend = [{ source = "digits" }, { source = "letters" }]
+"""
+STAGED_STEPS = 10
+
+
+def make_staged_home(folder: Path) -> Path:
+    """As `make_home`, through three stages in ten steps: ramp, blend, MTP, length and rotary base change."""
+    make_home(folder)
+    plain = folder / "minuscule.toml"
+    plain.rename(folder / "plain.toml")
+    names = "".join(f'[[data.train]]\nname = "{n}"\nmanifest = "{folder / n}"\n' for n in ("letters", "digits"))
+    plain.write_text(
+        f'extends = "plain.toml"\n[train]\nsteps = {STAGED_STEPS}\nmicro_batch_size = 2\n'
+        f"[checkpoint]\ninterval = 1\nkeep_last = 20\n{names}{STAGES}"
+    )
+    return folder

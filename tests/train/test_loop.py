@@ -21,24 +21,25 @@ LONGEST_LOOP = 80
 class FakeTrainer:
     """Steps without a model."""
 
-    samples_per_step: int = 2
-    tokens_per_step: int = 8
+    timetable: Any
 
     def step(self, number: int, batches: Sequence[Any]) -> Any:
         """The number and what was computed on."""
         return number, batches
 
 
-def make_loop(features: Sequence[Any], steps: int = 2, notes: Sequence[str] = ()) -> Any:
+def make_loop(features: Sequence[Any], steps: int = 2, notes: Sequence[str] = (), stages: Sequence[Any] = ()) -> Any:
     """A loop over fakes."""
     from megatron_joy.recipe import Recipe
+    from megatron_joy.recipe.timetable import Timetable
     from megatron_joy.train.loop import Loop
     from megatron_joy.train.run import Progress, Run
     from tests.data.tiny_shards import recipe_table
 
-    recipe = Recipe.model_validate(recipe_table([], steps=steps, global_batch_size=2, micro_batch_size=1))
+    table = recipe_table([], 4, steps=steps, global_batch_size=2, micro_batch_size=1)
+    recipe = Recipe.model_validate(table | {"stages": list(stages)})
     run = Run(recipe, None, Path("nowhere"), 0, Progress())  # type: ignore[arg-type]
-    return Loop(run, FakeTrainer(), features, notes)  # type: ignore[arg-type]
+    return Loop(run, FakeTrainer(Timetable(recipe)), features, notes)  # type: ignore[arg-type]
 
 
 def numbered() -> Iterator[list[Any]]:
@@ -81,6 +82,8 @@ def test_moments_come_in_order_and_to_each_feature_in_turn() -> None:
         "b on_start",
         "a on_note a note",
         "b on_note a note",
+        "a on_stage_change",
+        "b on_stage_change",
         "a before_step",
         "b before_step",
         "a after_step (1, ['batch 1'])",

@@ -1,12 +1,14 @@
 """When checkpoints are written, and what happens when one can't be."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_joy.checkpoint.retention import prune
 from megatron_joy.checkpoint.save import save_checkpoint
 from megatron_joy.errors import WorkError
+from megatron_joy.recipe.ledger import as_json
 from megatron_joy.train.loop import Loop
 from megatron_joy.train.moments import Feature
 from megatron_joy.train.run import Run
@@ -16,14 +18,15 @@ from megatron_joy.train.step import StepResult
 class Checkpointing(Feature):
     """Every `interval` steps, at the end and before a stop. Comes last: the metrics are then on disk already."""
 
-    def __init__(self, interval: int, keep_last: int, data_fingerprint: str) -> None:
-        self.interval, self.keep_last, self.data_fingerprint = interval, keep_last, data_fingerprint
+    def __init__(self, interval: int, keep_last: int, sources: Mapping[str, str]) -> None:
+        self.interval, self.keep_last, self.sources = interval, keep_last, dict(sources)
 
     def _state(self, run: Run) -> dict[str, Any]:
         """What a checkpoint keeps beside tensors; `train.pretrain` reads it on resume."""
         return {
             "progress": run.progress.as_dict(),
-            "data_fingerprint": self.data_fingerprint,
+            "ledger": as_json(run.ledger),
+            "sources": self.sources,
             "attempt": run.attempt,
         }
 

@@ -1,6 +1,7 @@
 """metrics.jsonl, events.jsonl and TensorBoard, on rank 0."""
 
 from megatron_joy.data.stream import SampleStream
+from megatron_joy.recipe.timetable import Stage, stage_line
 from megatron_joy.report.writer import MetricsWriter
 from megatron_joy.train.features.terminal import layout_text, world_text
 from megatron_joy.train.loop import Loop
@@ -28,12 +29,20 @@ class Metrics(Feature):
             layout=layout_text(layout),
         )
 
+    def on_stage_change(self, loop: Loop, stage: Stage) -> None:
+        """Notes it where a run has stages."""
+        if loop.run.recipe.stages:
+            self.writer.event("stage", loop.run.progress.step, stage_line(stage))
+
     def after_step(self, loop: Loop, result: StepResult) -> None:
         """Writes the step's row."""
         progress = loop.run.progress
-        first = progress.samples - loop.trainer.samples_per_step
+        plan = loop.plan
         loop.row |= {
             "step": progress.step,
+            "stage": plan.stage.name,
+            "sequence_length": plan.sequence_length,
+            "global_batch_size": plan.global_batch_size,
             "loss": result.loss,
             "mtp_loss": result.mtp_loss,
             "lr": result.learning_rate,
@@ -42,7 +51,7 @@ class Metrics(Feature):
             "samples": progress.samples,
             "loss_tokens": result.loss_tokens,
             "expert_load": self._expert_load(loop, result),
-            "sources": self.stream.sources_in(range(first, progress.samples)),
+            "sources": self.stream.sources_in(range(plan.first_sample, progress.samples)),
         }
         self.writer.metrics(loop.row)
 

@@ -21,4 +21,4 @@ class Stopwatch(Feature):
         """Adds step_seconds and tokens_per_second, of all processes together, to the row."""
         seconds = time.perf_counter() - self._started
         loop.row["step_seconds"] = seconds
-        loop.row["tokens_per_second"] = loop.trainer.tokens_per_step / seconds
+        loop.row["tokens_per_second"] = loop.plan.tokens / seconds

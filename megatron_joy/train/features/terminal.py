@@ -15,6 +15,7 @@ from rich.progress import (
 )
 
 from megatron_joy.recipe.schema import LayoutSection
+from megatron_joy.recipe.timetable import Stage, stage_line
 from megatron_joy.train.loop import Loop
 from megatron_joy.train.moments import Feature
 from megatron_joy.train.step import StepResult
@@ -79,6 +80,11 @@ class Terminal(Feature):
             steps = run.recipe.train.steps
             self.task = self.bar.add_task("", total=steps, completed=run.progress.step)
             self.bar.start()
+
+    def on_stage_change(self, loop: Loop, stage: Stage) -> None:
+        """Says it where a run has stages."""
+        if loop.run.recipe.stages:
+            self.console.print(escape(stage_line(stage)))
 
     def after_step(self, loop: Loop, result: StepResult) -> None:
         """Moves the bar, and says the step in a line when the recipe wants one or there is a validation."""

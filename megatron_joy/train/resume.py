@@ -1,0 +1,80 @@
+"""Going on: what the newest checkpoint holds a run to, its ledger, and the weights."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from megatron_joy.checkpoint.load import choose, load_checkpoint
+from megatron_joy.checkpoint.marker import Checkpoint
+from megatron_joy.errors import UserError
+from megatron_joy.recipe import load_recipe
+from megatron_joy.recipe.ledger import begin, check_history, from_json, go_on
+from megatron_joy.train.run import Progress, Run
+from megatron_joy.train.step import Trainer
+
+
+@dataclass(frozen=True)
+class Past:
+    """The checkpoint to go on from, if there is one, and what is to be said about those passed over.
+
+    sources: fingerprint of each source that the run has read, by its label in the recipe.
+    """
+
+    checkpoint: Checkpoint | None = None
+    notes: Sequence[str] = ()
+    sources: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str | None:
+        """The checkpoint's folder."""
+        return None if self.checkpoint is None else self.checkpoint.path.name
+
+    def check_sources(self, now: Mapping[str, str]) -> None:
+        """Refuses sources that are not what they were: other shards under a label, known shards under a new one."""
+        if self.checkpoint is None:
+            return
+        for label, fingerprint in now.items():
+            known = self.sources.get(label)
+            if known is not None and known != fingerprint:
+                raise UserError(
+                    f"{self.checkpoint.path}: was trained on other data (source {label} had fingerprint {known[:12]}, "
+                    f"now {fingerprint[:12]}); put the old shards back or give the new ones another name in data.train"
+                )
+            before = next((old for old, one in self.sources.items() if one == fingerprint), label)
+            if before != label:
+                raise UserError(
+                    f"data.train: {label} holds the shards that the run has read as {before}, and would read them from "
+                    f'the start again; set name = "{before}" beside its manifest'
+                )
+
+    def load(self, run: Run, trainer: Trainer) -> None:
+        """Puts weights, optimizer state and progress in place."""
+        if self.checkpoint is not None:
+            state = load_checkpoint(
+                self.checkpoint, chunks=trainer.chunks, optimizer=trainer.optimizer, process=run.process
+            )
+            run.progress = Progress(**state["progress"])
+
+
+def look_back(run: Run) -> Past:
+    """Chooses the checkpoint and completes the run's ledger; all ranks together, nothing is loaded or written.
+
+    Raises UserError when the recipe would make what is done something else.
+    """
+    choice = choose(run.folder / "checkpoints", run.process)
+    checkpoint = choice.checkpoint
+    if checkpoint is None:
+        run.ledger = begin(run.recipe)
+        return Past(None, choice.notes)
+    # Weights alone have none; loading refuses them in its own words.
+    state, done = checkpoint.state, checkpoint.marker.step
+    if "ledger" not in state:
+        run.ledger = begin(run.recipe)
+        return Past(checkpoint, choice.notes)
+    check_history(load_recipe(str(checkpoint.recipe_path)), run.recipe, done)
+    before = from_json(state["ledger"])
+    run.ledger = go_on(before, run.recipe, done)
+    run.progress.step = done
+    notes = list(choice.notes)
+    if run.ledger != before:
+        notes.append(f"the recipe's blend was changed: the new one holds from update {done + 1} on")
+    return Past(checkpoint, notes, dict(state["sources"]))
