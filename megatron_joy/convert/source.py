@@ -12,6 +12,7 @@ from megatron_joy.convert.hf_config import SpecialTokens
 from megatron_joy.data.manifest import TOKENIZER_FOLDER, load_manifest, manifest_path
 from megatron_joy.errors import UserError
 from megatron_joy.recipe import Recipe, load_recipe
+from megatron_joy.recipe.timetable import as_of
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER_JSON = "tokenizer.json"
@@ -52,7 +53,7 @@ def open_source(path: Path, full: bool = False) -> Source:
         checkpoint = choice.checkpoint
     else:
         checkpoint = open_checkpoint(path, full)
-    return Source(checkpoint, load_recipe(str(checkpoint.recipe_path)), notes)
+    return Source(checkpoint, as_of(load_recipe(str(checkpoint.recipe_path)), checkpoint.marker.step), notes)
 
 
 @dataclass(frozen=True)

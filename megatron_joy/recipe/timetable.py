@@ -270,6 +270,14 @@ def _blend(recipe: Recipe, section: StageSection | None) -> Shares:
     return tuple((entry.label, entry.weight) for entry in recipe.data.train)
 
 
+def as_of(recipe: Recipe, done: int) -> Recipe:
+    """The recipe with the model's settings as the last of `done` updates had them: what its weights are used with."""
+    timetable = Timetable(recipe)
+    stage = timetable.stage_of(min(max(done, 1), timetable.steps))
+    model = {"rope_theta": stage.rope_theta, "mtp_loss_factor": stage.mtp_loss_factor}
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=model)})
+
+
 def stage_line(stage: Stage) -> str:
     """A stage in a line, for the terminal and the run's events."""
     first, last = stage.ramp.first, stage.ramp.last

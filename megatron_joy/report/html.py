@@ -21,6 +21,7 @@ from megatron_joy.report.charts import ChartSpec
 from megatron_joy.report.metrics import Progress
 from megatron_joy.report.payload import build_payload, safe_json
 from megatron_joy.report.runlog import RunLog, read_run
+from megatron_joy.report.schedule import schedule_panel
 from megatron_joy.report.summary import RunSummary, summarize
 
 REPORT_NAME = "report.html"
@@ -96,6 +97,7 @@ def _policy(style: str, script: str) -> str:
 def _charts(run: RunLog, payload: dict[str, Any], specs: Sequence[ChartSpec]) -> str:
     drawn = {spec.id: panels.chart_panel(spec, payload) for spec in specs}
     parts = [drawn.pop("loss", ""), panels.timeline_panel(run)] if run.attempts else []
+    parts.append(schedule_panel(run.folder, run.attempts[-1].end_step if run.attempts else 0))
     balance = drawn.pop("balance", "")
     parts += drawn.values()
     if payload["sources"] is not None:

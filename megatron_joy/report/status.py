@@ -16,6 +16,7 @@ from megatron_joy.report.attempts import Attempt, Event, Outcome, build_attempts
 from megatron_joy.report.jsonl import tail_rows
 from megatron_joy.report.metrics import AttemptRows
 from megatron_joy.report.runlog import Checkpoint, read_checkpoints, read_events, read_recipe, require_run
+from megatron_joy.report.schedule import stage_at, timetable_of
 
 ROWS = 100
 _EVENTS = 6
@@ -44,6 +45,7 @@ class RunStatus:
 
     Attributes:
         state: how the newest attempt is or ended; None before the first.
+        stage, stage_last_step: the stage of the next update and its last update; None for a recipe without stages.
         seconds_left: until the planned last step, at the pace of the newest rows; None unless it is running.
         tokens_per_second, step_seconds: medians of the newest attempt's last ROWS rows.
         silent_seconds: since the run's last sign of life.
@@ -57,6 +59,8 @@ class RunStatus:
     state: Outcome | None
     step: int
     steps_planned: int | None
+    stage: str | None
+    stage_last_step: int | None
     tokens: int | None
     loss: float | None
     mtp_loss: float | None
@@ -99,6 +103,7 @@ def read_status(folder: str | Path, *, now: float) -> RunStatus:
     state = attempts[-1].outcome if attempts else None
     step = attempts[-1].end_step if attempts else 0
     planned = recipe.get("train", {}).get("steps") if isinstance(recipe.get("train"), dict) else None
+    stage = stage_at(timetable_of(path), step)
     pace = _median(rows, "step_seconds")
     whole: list[Checkpoint] = [one for one in read_checkpoints(path) if one.committed]
     name = recipe.get("name")
@@ -108,6 +113,8 @@ def read_status(folder: str | Path, *, now: float) -> RunStatus:
         state=state,
         step=step,
         steps_planned=planned,
+        stage=stage.name if stage else None,
+        stage_last_step=stage.last_step if stage else None,
         tokens=_last(rows, "tokens"),
         loss=_last(rows, "loss"),
         mtp_loss=_last(rows, "mtp_loss"),
@@ -172,6 +179,8 @@ def _numbers(s: RunStatus) -> Table:
         ("time left", text.duration(s.seconds_left), "last sign of life", f"{text.duration(s.silent_seconds)} ago"),
         ("checkpoint", saved, "a step takes", text.duration(s.step_seconds)),
     )
+    if s.stage is not None and s.stage_last_step is not None:
+        table.add_row("[dim]stage[/]", escape(s.stage), "[dim]its last step[/]", f"{s.stage_last_step:,}")
     for left, a, right, b in rows:
         table.add_row(f"[dim]{left}[/]", a, f"[dim]{right}[/]", b)
     return table

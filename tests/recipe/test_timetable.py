@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_joy.recipe import load_recipe
 from megatron_joy.recipe.schema import Recipe, ScheduleSection
-from megatron_joy.recipe.timetable import Ramp, Timetable, steps_for
+from megatron_joy.recipe.timetable import Ramp, Timetable, as_of, steps_for
 
 PEAK, FINAL, WARMUP, DECAY, STEPS = 4e-3, 1e-3, 10, 20, 100
 
@@ -131,3 +131,9 @@ def test_a_recipe_without_stages_is_one_stage() -> None:
     (stage,) = Timetable(made).stages
     assert (stage.steps, stage.samples, stage.sequence_length) == (STEPS, STEPS * 8, 256)
     assert (stage.mtp_loss_factor, stage.rope_theta, stage.blend) == (0.1, 1e4, (("data/demo/train", 1.0),))
+
+
+def test_weights_are_used_with_the_base_of_the_stage_that_trained_them_last() -> None:
+    made = load_recipe("joyai_tiny_stages")
+    assert [as_of(made, done).model.rope_theta for done in (0, 1, 36, 37, 48, 99)] == [1e4, 1e4, 1e4, 4e4, 4e4, 4e4]
+    assert as_of(load_recipe("joyai_tiny"), 10) == load_recipe("joyai_tiny")

@@ -39,6 +39,9 @@ KEYS = {
     "loss_tokens",
     "expert_load",
     "sources",
+    "stage",
+    "sequence_length",
+    "global_batch_size",
 }
 
 
@@ -93,7 +96,8 @@ def test_learning_rates_follow_the_schedule(unbroken: Unbroken) -> None:
 def test_the_folder_has_recipe_environment_events_logs_and_checkpoints(unbroken: Unbroken) -> None:
     run = unbroken(EP2).run
     names = {path.name for path in run.iterdir()}
-    assert names == {"recipe.toml", "environment.json", "metrics.jsonl", "events.jsonl", "logs", "checkpoints"}
+    files = {"recipe.toml", "environment.json", "ledger.json", "metrics.jsonl", "events.jsonl"}
+    assert names == {*files, "logs", "checkpoints"}
     assert {path.name for path in (run / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
     resolved = load_recipe(str(run / "recipe.toml"))
     assert resolved.layout.expert_model_parallel_size == 2
