@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import Field, ValidationError
 
+from data_pipeline.dedup.minhash import PERMUTATIONS
 from megatron_joy.errors import UserError
 from megatron_joy.recipe.dump import format_value
 from megatron_joy.recipe.fields import section_of, type_text
@@ -69,6 +70,18 @@ class EncodeSection(Section):
     memory_megabytes: PositiveInt = Field(512, description="Growth of gigatoken's cache after which it starts afresh.")
 
 
+class NearDuplicatesSection(Section):
+    """MinHash over 7-word shingles, exact verification, one document of each cluster kept (docs/dedup.md)."""
+
+    enabled: bool = Field(False, description="Whether near-duplicates are dropped; exact ones always are.")
+    threshold: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="Jaccard similarity from which on.")
+    bands: PositiveInt = Field(16, description="Bands of the 128 entries; more find more below the threshold.")
+    against: list[str] = Field(
+        default_factory=list, description="Folders `signatures` of earlier pipelines, whose documents come first."
+    )
+    keep_signatures: bool = Field(False, description="Keep `signatures`, for later pipelines' `against`.")
+
+
 class OutputSection(Section):
     """What is written: `folder/train`, `folder/validation`, `folder/tokenizer`, and `folder/work` on the way."""
 
@@ -88,6 +101,7 @@ class Pipeline(Section):
     sources: list[SourceSection] = Field(min_length=1, description="What is read, in order of precedence.")
     tokenizer: TokenizerSection
     encode: EncodeSection = Field(default_factory=EncodeSection)
+    near_duplicates: NearDuplicatesSection = Field(default_factory=NearDuplicatesSection)
     output: OutputSection
 
     @property
@@ -108,7 +122,9 @@ COMMON_KEYS = {"name", "reader", "licence", "max_megabytes"}
 
 def pipeline_sha256(pipeline: Pipeline) -> str:
     """Fingerprint of what determines the bytes of the shards; where they are written and by which engine does not."""
-    content = pipeline.model_dump(exclude={"encode": True, "output": {"folder", "keep_work"}})
+    content = pipeline.model_dump(
+        exclude={"encode": True, "output": {"folder", "keep_work"}, "near_duplicates": {"keep_signatures"}}
+    )
     return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
@@ -192,6 +208,14 @@ def _tokenizer_problems(section: TokenizerSection) -> Iterator[str]:
         yield f"tokenizer.eod_token = {format_value(section.eod_token)}: not in tokenizer.special_tokens; add it there"
 
 
+def _near_duplicate_problems(section: NearDuplicatesSection) -> Iterator[str]:
+    if PERMUTATIONS % section.bands:
+        yield f"near_duplicates.bands = {section.bands}: does not divide {PERMUTATIONS}; take 8, 16 or 32"
+    if not section.enabled:
+        for dead in sorted(section.model_fields_set - {"enabled"}):
+            yield f"near_duplicates.{dead}: has no effect without near_duplicates.enabled = true; set that"
+
+
 def problems_between(pipeline: Pipeline) -> list[str]:
     """What is wrong with keys together, one line each."""
     problems = [*_source_problems(pipeline), *_tokenizer_problems(pipeline.tokenizer)]
@@ -199,7 +223,7 @@ def problems_between(pipeline: Pipeline) -> list[str]:
     for dead in sorted({"check_every", "memory_megabytes"} & encode.model_fields_set):
         if encode.engine == "huggingface":
             problems.append(f'encode.{dead}: has no effect with engine = "huggingface"; remove it')
-    return problems
+    return [*problems, *_near_duplicate_problems(pipeline.near_duplicates)]
 
 
 def load_pipeline(name_or_path: str, overrides: Sequence[str] = ()) -> Pipeline:

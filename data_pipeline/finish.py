@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.dedup.stage import SIGNATURES
 from data_pipeline.engine import WORK, Job, OutputFile, TaskResult, statistics_of
 from data_pipeline.spool import SPLITS
 from data_pipeline.tokenizer import COPIED_FILES
@@ -29,6 +30,7 @@ from megatron_joy.data.shards import token_dtype
 from megatron_joy.errors import WorkError
 
 DUPLICATE = "exact_duplicate"
+NEAR_DUPLICATE = "near_duplicate"
 OTHER_SPLIT = {"train": "validation_split", "validation": "training_split"}
 SHARD_FILE = re.compile(r"shard_\d{5,}\.(bin|idx|documents\.jsonl\.zst)")
 QUARANTINE = "quarantine.jsonl"
@@ -53,14 +55,18 @@ def close_accounts(reads: list[dict[str, Any]], writes: list[dict[str, Any]]) ->
             dropped.update(source["dropped"])
     received = sum(task["documents_in"] for task in writes)
     duplicates = sum(sum(task["duplicates"].values()) for task in writes)
+    near = sum(sum(task["near_duplicates"].values()) for task in writes)
     written = sum(totals["documents"] for task in writes for totals in task["sources"].values())
-    if documents != received or received != duplicates + written:
+    if documents != received or received != duplicates + near + written:
         raise WorkError(
-            f"accounts: {documents} documents read, {received} received, {duplicates} duplicates, {written} written; "
-            "this is a bug or a damaged work folder, the shards are not published"
+            f"accounts: {documents} documents read, {received} received, {duplicates} duplicates, "
+            f"{near} near-duplicates, {written} written; this is a bug or a damaged work folder, "
+            "the shards are not published"
         )
     if duplicates:
         dropped[DUPLICATE] = duplicates
+    if near:
+        dropped[NEAR_DUPLICATE] = near
     return records, dropped
 
 
@@ -167,5 +173,7 @@ def unpublish(job: Job) -> None:
 def tidy(job: Job) -> None:
     """Remove the partitioned text, once the shards are whole."""
     if not job.pipeline.output.keep_work:
-        for stage in ("read", "write"):
+        for stage in ("read", "cluster", "write"):
             shutil.rmtree(job.folder / WORK / stage, ignore_errors=True)
+        if not job.pipeline.near_duplicates.keep_signatures:
+            shutil.rmtree(job.folder / SIGNATURES, ignore_errors=True)

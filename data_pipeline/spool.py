@@ -143,26 +143,40 @@ def _parse(content: bytes) -> Iterator[Spooled]:
         yield Spooled(digest, file, offset, licence, content[text_start:place])
 
 
+def _read_frames(folder: Path, bucket: int | None) -> Iterator[Spooled]:
+    """The documents of one spool, of one bucket or all, in the order of its frames.
+
+    Raises WorkError when the spool is damaged or holds another number of documents than its index says.
+    """
+    data, index = spool_paths(folder)
+    rows = np.load(index, allow_pickle=False)
+    chosen = rows if bucket is None else rows[rows[:, 0] == bucket]
+    with open(data, "rb") as stream:
+        for _, offset, size, documents, checksum in chosen.tolist():
+            stream.seek(offset)
+            content = stream.read(size)
+            if len(content) != size or frame_checksum([content]) != checksum:
+                raise WorkError(f"{data}: damaged at byte {offset} (its checksum differs); remove it and run again")
+            found = 0
+            for document in _parse(content):
+                found += 1
+                yield document
+            if found != documents:
+                raise WorkError(f"{data}: {found} documents at byte {offset}, its index says {documents}")
+
+
 def read_bucket(folders: list[Path], bucket: int) -> Iterator[Spooled]:
     """A bucket's documents over all read tasks, in the order of the inputs; a frame at a time in memory.
 
-    Raises WorkError when a spool is damaged or holds another number of documents than its index says.
+    Raises WorkError as `_read_frames`.
     """
     for folder in folders:
-        data, index = spool_paths(folder)
-        rows = np.load(index, allow_pickle=False)
-        with open(data, "rb") as stream:
-            for _, offset, size, documents, checksum in rows[rows[:, 0] == bucket].tolist():
-                stream.seek(offset)
-                content = stream.read(size)
-                if len(content) != size or frame_checksum([content]) != checksum:
-                    raise WorkError(f"{data}: damaged at byte {offset} (its checksum differs); remove it and run again")
-                found = 0
-                for document in _parse(content):
-                    found += 1
-                    yield document
-                if found != documents:
-                    raise WorkError(f"{data}: {found} documents at byte {offset}, its index says {documents}")
+        yield from _read_frames(folder, bucket)
+
+
+def read_all(folder: Path) -> Iterator[Spooled]:
+    """Every document of one read task: run by run, in a run bucket by bucket. Raises WorkError as `_read_frames`."""
+    yield from _read_frames(folder, None)
 
 
 def unique(documents: Iterator[Spooled], duplicates: Counter[int]) -> Iterator[Spooled]:

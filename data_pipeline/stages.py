@@ -1,4 +1,4 @@
-"""The stages from text to shards: read, tokenizer, write (write.py), finish (finish.py).
+"""The stages from text to shards: read, sign, cluster (dedup/stage.py), tokenizer, write and finish (their own files).
 
 Each task is a function of the job and its shard.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from data_pipeline.dedup.stage import cluster_task, near_settings, sign_task
 from data_pipeline.engine import Job, Stage, TaskResult, statistics_of
 from data_pipeline.finish import finish_task
 from data_pipeline.inventory import MEGABYTE
@@ -134,14 +135,28 @@ def _read_settings(job: Job) -> Any:
     return [[source.model_dump() for source in job.pipeline.sources], job.pipeline.max_document_megabytes]
 
 
+def _near_tasks(job: Job) -> int:
+    return len(job.plan.tasks) if job.pipeline.near_duplicates.enabled else 0
+
+
 STAGES = [
     Stage("read", "reading inputs", 2, (), _read_settings, lambda job: len(job.plan.tasks), read_task),
+    Stage("sign", "signing documents", 1, ("read",), near_settings, _near_tasks, sign_task),
+    Stage(
+        "cluster",
+        "finding near-duplicates",
+        1,
+        ("read", "sign"),
+        near_settings,
+        lambda job: int(job.pipeline.near_duplicates.enabled),
+        cluster_task,
+    ),
     Stage("tokenizer", "preparing the tokenizer", 1, ("read",), _tokenizer_settings, lambda job: 1, tokenizer_task),
     Stage(
         "write",
         "encoding and writing",
-        1,
-        ("read", "tokenizer"),
+        2,
+        ("read", "cluster", "tokenizer"),
         lambda job: job.pipeline.seed,
         lambda job: job.plan.buckets.total,
         write_task,
@@ -150,7 +165,7 @@ STAGES = [
         "finish",
         "closing the accounts",
         1,
-        ("read", "tokenizer", "write"),
+        ("read", "cluster", "tokenizer", "write"),
         lambda job: job.plan.pipeline_sha256,
         lambda job: 1,
         finish_task,

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.config import EncodeSection
+from data_pipeline.dedup.stage import count_by_input, near_duplicates_of
 from data_pipeline.encode import Encoder, Ids, OracleDifference
 from data_pipeline.engine import Job, TaskResult, statistics_of
 from data_pipeline.native.library import kernels
@@ -111,14 +112,20 @@ def write_task(job: Job, shard: int) -> TaskResult:
     split, number = job.plan.buckets.split_of(shard)
     identity = TokenizerIdentity(**statistics_of(job, "tokenizer", 1)[0])
     duplicates: Counter[int] = Counter()
-    documents = shuffled(list(unique(read_bucket(spools_of(job), shard), duplicates)), job.pipeline.seed)
-    dropped: Counter[str] = Counter()
-    for file, count in duplicates.items():
-        dropped[job.pipeline.sources[job.plan.inputs[file].source].name] += count
+    near: Counter[int] = Counter()
+    gone = near_duplicates_of(job, shard)
+    kept = []
+    for document in unique(read_bucket(spools_of(job), shard), duplicates):
+        if document.hash in gone:
+            near[document.input] += 1
+        else:
+            kept.append(document)
+    documents = shuffled(kept, job.pipeline.seed)
     statistics: dict[str, Any] = {
         "split": split,
-        "documents_in": len(documents) + duplicates.total(),
-        "duplicates": dropped,
+        "documents_in": len(documents) + duplicates.total() + near.total(),
+        "duplicates": count_by_input(duplicates, job),
+        "near_duplicates": count_by_input(near, job),
         "sources": {},
         "shard": None,
     }

@@ -46,7 +46,12 @@ def write_part(folder: Path, method: MinHash, documents: Iterable[tuple[bytes, f
                 sizes.write(np.array([len(text), place], dtype="<i8").tobytes())
                 place += len(hashes)
             count += len(batch)
-    content = {"fingerprint": method.fingerprint, "permutations": method.permutations, "documents": count}
+    content = {
+        "fingerprint": method.fingerprint,
+        "permutations": method.permutations,
+        "documents": count,
+        "shingles": place,
+    }
     write_atomically(folder / PART, orjson.dumps(content))
     return [*paths, folder / PART]
 
