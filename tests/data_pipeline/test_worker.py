@@ -30,7 +30,7 @@ def test_a_scheduler_can_do_a_run_task_by_task(pipeline: Path, tmp_path: Path) -
     planned = worker(str(pipeline), "--plan")
     assert planned.returncode == 0, planned.stderr
     counts = json.loads(planned.stdout)
-    assert list(counts) == ["read", "tokenizer", "write", "finish"]
+    assert list(counts) == ["read", "sign", "cluster", "tokenizer", "write", "finish"]
     for stage, count in counts.items():
         for shard in reversed(range(count)):
             done = worker(str(pipeline), "--stage", stage, "--shard", str(shard))
@@ -58,7 +58,11 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(pipeline: Path, arguments: lis
 def test_wrong_stages_and_shards_and_early_tasks_are_refused(pipeline: Path) -> None:
     assert worker(str(pipeline), "--plan").returncode == 0
     for arguments, code, says in (
-        (["--stage", "reed", "--shard", "0"], 2, "no such stage; there are read, tokenizer, write, finish"),
+        (
+            ["--stage", "reed", "--shard", "0"],
+            2,
+            "no such stage; there are read, sign, cluster, tokenizer, write, finish",
+        ),
         (["--stage", "read", "--shard", "99"], 2, "stage read has shards 0 to "),
         (["--stage", "write", "--shard", "0"], 1, "must be whole before the next one starts"),
         (["seed=9", "--stage", "read", "--shard", "0"], 2, "made for other settings"),
