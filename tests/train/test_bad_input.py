@@ -176,3 +176,18 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_that_is_said(
     assert note in ended.printed[0]
     assert ended.told("resume") == ["resumed from step_00000003 on 2 processes (EP2 DP2)"]
     assert numbers(last_rows(ended.rows)) == numbers(unbroken(EP2).rows)
+
+
+def test_a_run_of_another_optimizer_is_not_gone_on_with(home: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(home, run, ONE, "train.steps=3", "schedule.decay_steps=0")
+    told = the_one_line(train(home, run, ONE, "optimizer.name=muon"))
+    assert 'optimizer.name ("adamw" -> "muon")' in told and "cannot resume" in told
+    # Nor when the recipe was lost and only the checkpoints are left.
+    (tmp_path / "other").mkdir()
+    (run / "checkpoints").rename(tmp_path / "other" / "checkpoints")
+    (tmp_path / "other" / "recipe.toml").write_text(
+        (run / "recipe.toml").read_text().replace('name = "adamw"', 'name = "muon"')
+    )
+    told = the_one_line(train(home, tmp_path / "other", ONE, "optimizer.name=muon"))
+    assert 'has the state of optimizer.name = "adamw", this run has "muon"' in told

@@ -11,6 +11,7 @@ import pytest
 from tests.train.conftest import Unbroken
 from tests.train.minuscule import (
     EP2,
+    EP2_MUON,
     ONE,
     Outcome,
     die,
@@ -34,7 +35,7 @@ def assert_bit_identical(ended: Outcome, reference: Outcome) -> None:
     assert ended.checkpoints == reference.checkpoints  # what killed saves left is gone too
 
 
-@pytest.mark.parametrize("layout", [ONE, EP2], ids=["one", "ep2"])
+@pytest.mark.parametrize("layout", [ONE, EP2, EP2_MUON], ids=["one", "ep2", "ep2-muon"])
 def test_kills_at_random_points_change_no_bit(
     home: Path, tmp_path: Path, unbroken: Unbroken, layout: tuple[str, ...]
 ) -> None:
