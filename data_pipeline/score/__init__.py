@@ -1,0 +1,1 @@
+"""Scores of documents, kept as columns, and what is selected by them."""

@@ -1,0 +1,104 @@
+"""A linear model on hashed n-grams: logistic regression as fastText's classifiers use it, trained here in seconds.
+
+Features of a text are the hashes of its words and pairs of words (dedup/words.py: any script, any case) modulo the size
+of the weight table; each counts 1 however often it occurs, divided by the square root of their number. Training is
+AdaGrad over shuffled documents, one at a time, seeded. A model is a folder: `model.json`, `weights.npy`, no pickle.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from data_pipeline.dedup.minhash import MinHash
+from data_pipeline.score.base import Scores
+from megatron_joy.data.atomic import atomic_file, write_atomically
+from megatron_joy.errors import UserError
+
+BITS = 18
+GRAMS = (1, 2)
+MODEL, WEIGHTS = "model.json", "weights.npy"
+
+
+def features(text: bytes, bits: int) -> npt.NDArray[np.int64]:
+    """The places [features] of a UTF-8 text's words and pairs of words, each once."""
+    parts = [MinHash(gram=gram).all_shingles(text) for gram in GRAMS]
+    hashes = np.concatenate(parts) >> np.uint64(64 - bits)
+    return np.unique(hashes).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class LinearScorer:
+    """Chance, by the model, that a text is of the positive kind. weights: float32 [2 ** bits]."""
+
+    name: str
+    weights: npt.NDArray[np.float32]
+    bias: float
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """The model's name."""
+        return (self.name,)
+
+    @property
+    def bits(self) -> int:
+        """Binary logarithm of the table's size."""
+        return len(self.weights).bit_length() - 1
+
+    def _logit(self, text: str) -> float:
+        places = features(text.encode(), self.bits)
+        return float(self.weights[places].sum() / np.sqrt(max(1, len(places)))) + self.bias
+
+    def score(self, texts: Sequence[str]) -> Scores:
+        """float32 [texts, 1] from 0 to 1."""
+        logits = np.array([self._logit(text) for text in texts], dtype=np.float64)
+        return (1 / (1 + np.exp(-logits))).astype(np.float32).reshape(-1, 1)
+
+
+def train_linear(
+    name: str, positive: Sequence[str], negative: Sequence[str], epochs: int = 5, seed: int = 1, bits: int = BITS
+) -> LinearScorer:
+    """Train on texts of both kinds; each kind weighs the same. Raises UserError when a kind has no text."""
+    if not positive or not negative:
+        raise UserError(
+            f"training {name}: {len(positive)} positive and {len(negative)} negative texts; give both kinds"
+        )
+    rows = [features(text.encode(), bits) for text in (*positive, *negative)]
+    labels = np.array([1.0] * len(positive) + [0.0] * len(negative))
+    balance = np.where(labels > 0, len(rows) / (2 * len(positive)), len(rows) / (2 * len(negative)))
+    weights, squares = np.zeros(1 << bits), np.full(1 << bits, 1e-8)
+    bias, rng = 0.0, np.random.default_rng(seed)
+    for _ in range(epochs):
+        for number in rng.permutation(len(rows)).tolist():
+            places = rows[number]
+            scale = 1 / np.sqrt(max(1, len(places)))
+            logit = weights[places].sum() * scale + bias
+            error = (1 / (1 + np.exp(-logit)) - labels[number]) * balance[number]
+            gradient = error * scale
+            squares[places] += gradient**2
+            weights[places] -= 0.1 * gradient / np.sqrt(squares[places])
+            bias -= 0.01 * error
+    return LinearScorer(name, weights.astype(np.float32), float(bias))
+
+
+def save_linear(scorer: LinearScorer, folder: Path) -> None:
+    """Write a model's folder; the description comes last."""
+    with atomic_file(folder / WEIGHTS) as stream:
+        np.save(stream, scorer.weights, allow_pickle=False)
+    write_atomically(folder / MODEL, orjson.dumps({"name": scorer.name, "bias": scorer.bias, "grams": GRAMS}))
+
+
+def load_linear(folder: Path) -> LinearScorer:
+    """A model. Raises UserError when the folder holds none."""
+    try:
+        content = orjson.loads((folder / MODEL).read_bytes())
+        weights = np.load(folder / WEIGHTS, allow_pickle=False)
+        return LinearScorer(str(content["name"]), weights.astype(np.float32), float(content["bias"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder}: no linear model ({error}); train one: python -m data_pipeline.score.train"
+        ) from None
