@@ -42,6 +42,16 @@ def test_layout_follows_one_process(name: str) -> None:
     assert max(proof.differences.values()) < 2e-6
 
 
+def test_muon_follows_one_process_as_closely() -> None:
+    """Whole matrices are gathered over TP, shared out over DP and their momentum is resharded."""
+    degrees = ONE | {"data_parallel_size": 2, "tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}
+    overrides = [f"layout.{key}={value}" for key, value in degrees.items()]
+    proof = prove(load_recipe("joyai_tiny", ["optimizer.name=muon", *overrides]), processes=4, steps=4)
+    assert proof.shrunk.recipe.optimizer.name == "muon" and proof.shrunk.reduced == ()
+    assert proof.holds, (proof.differences, proof.worst, proof.routing)
+    assert max(proof.differences.values()) < 2e-6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputing_activations_changes_nothing(recompute: str) -> None:
