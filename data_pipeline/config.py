@@ -82,6 +82,16 @@ class NearDuplicatesSection(Section):
     keep_signatures: bool = Field(False, description="Keep `signatures`, for later pipelines' `against`.")
 
 
+class DecontaminateSection(Section):
+    """Documents that hold an evaluation item go: 13-grams with a whitelist of common ones (docs/decontamination.md)."""
+
+    enabled: bool = Field(False, description="Whether documents are held against evaluation sets.")
+    evaluation: str | None = Field(None, description="Folder with a JSONL file for each benchmark.")
+    fields: list[str] = Field(default_factory=list, description="Fields that make an item's text; none: all strings.")
+    common: PositiveInt = Field(10, description="An n-gram in more unrelated documents than this is whitelisted.")
+    least: PositiveInt = Field(1, description="n-grams of an item, not whitelisted, that make a document go.")
+
+
 class OutputSection(Section):
     """What is written: `folder/train`, `folder/validation`, `folder/tokenizer`, and `folder/work` on the way."""
 
@@ -102,6 +112,7 @@ class Pipeline(Section):
     tokenizer: TokenizerSection
     encode: EncodeSection = Field(default_factory=EncodeSection)
     near_duplicates: NearDuplicatesSection = Field(default_factory=NearDuplicatesSection)
+    decontaminate: DecontaminateSection = Field(default_factory=DecontaminateSection)
     output: OutputSection
 
     @property
@@ -216,6 +227,14 @@ def _near_duplicate_problems(section: NearDuplicatesSection) -> Iterator[str]:
             yield f"near_duplicates.{dead}: has no effect without near_duplicates.enabled = true; set that"
 
 
+def _decontaminate_problems(section: DecontaminateSection) -> Iterator[str]:
+    if section.enabled and section.evaluation is None:
+        yield "decontaminate.evaluation: missing; give a folder with a JSONL file for each benchmark"
+    if not section.enabled:
+        for dead in sorted(section.model_fields_set - {"enabled"}):
+            yield f"decontaminate.{dead}: has no effect without decontaminate.enabled = true; set that"
+
+
 def problems_between(pipeline: Pipeline) -> list[str]:
     """What is wrong with keys together, one line each."""
     problems = [*_source_problems(pipeline), *_tokenizer_problems(pipeline.tokenizer)]
@@ -223,7 +242,11 @@ def problems_between(pipeline: Pipeline) -> list[str]:
     for dead in sorted({"check_every", "memory_megabytes"} & encode.model_fields_set):
         if encode.engine == "huggingface":
             problems.append(f'encode.{dead}: has no effect with engine = "huggingface"; remove it')
-    return [*problems, *_near_duplicate_problems(pipeline.near_duplicates)]
+    return [
+        *problems,
+        *_near_duplicate_problems(pipeline.near_duplicates),
+        *_decontaminate_problems(pipeline.decontaminate),
+    ]
 
 
 def load_pipeline(name_or_path: str, overrides: Sequence[str] = ()) -> Pipeline:

@@ -29,8 +29,6 @@ from megatron_joy.data.manifest import (
 from megatron_joy.data.shards import token_dtype
 from megatron_joy.errors import WorkError
 
-DUPLICATE = "exact_duplicate"
-NEAR_DUPLICATE = "near_duplicate"
 OTHER_SPLIT = {"train": "validation_split", "validation": "training_split"}
 SHARD_FILE = re.compile(r"shard_\d{5,}\.(bin|idx|documents\.jsonl\.zst)")
 QUARANTINE = "quarantine.jsonl"
@@ -54,19 +52,17 @@ def close_accounts(reads: list[dict[str, Any]], writes: list[dict[str, Any]]) ->
             documents += source["documents"]
             dropped.update(source["dropped"])
     received = sum(task["documents_in"] for task in writes)
-    duplicates = sum(sum(task["duplicates"].values()) for task in writes)
-    near = sum(sum(task["near_duplicates"].values()) for task in writes)
+    later: Counter[str] = Counter()
+    for task in writes:
+        later.update({reason: sum(counts.values()) for reason, counts in task["dropped"].items()})
     written = sum(totals["documents"] for task in writes for totals in task["sources"].values())
-    if documents != received or received != duplicates + near + written:
+    if documents != received or received != later.total() + written:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(later.items()))
         raise WorkError(
-            f"accounts: {documents} documents read, {received} received, {duplicates} duplicates, "
-            f"{near} near-duplicates, {written} written; this is a bug or a damaged work folder, "
-            "the shards are not published"
+            f"accounts: {documents} documents read, {received} received, {reasons}, {written} written; this is a "
+            "bug or a damaged work folder, the shards are not published"
         )
-    if duplicates:
-        dropped[DUPLICATE] = duplicates
-    if near:
-        dropped[NEAR_DUPLICATE] = near
+    dropped.update(+later)
     return records, dropped
 
 
@@ -173,7 +169,7 @@ def unpublish(job: Job) -> None:
 def tidy(job: Job) -> None:
     """Remove the partitioned text, once the shards are whole."""
     if not job.pipeline.output.keep_work:
-        for stage in ("read", "cluster", "write"):
+        for stage in ("read", "cluster", "overlap", "contamination", "write"):
             shutil.rmtree(job.folder / WORK / stage, ignore_errors=True)
         if not job.pipeline.near_duplicates.keep_signatures:
             shutil.rmtree(job.folder / SIGNATURES, ignore_errors=True)

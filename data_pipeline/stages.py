@@ -1,4 +1,5 @@
-"""The stages from text to shards: read, sign, cluster (dedup/stage.py), tokenizer, write and finish (their own files).
+"""The stages from text to shards: read, sign, cluster (dedup/), overlap, contamination (decontaminate/), tokenizer,
+write (write.py), finish (finish.py).
 
 Each task is a function of the job and its shard.
 """
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from data_pipeline.decontaminate.stage import contamination_settings, contamination_task, overlap_task
 from data_pipeline.dedup.stage import cluster_task, near_settings, sign_task
 from data_pipeline.engine import Job, Stage, TaskResult, statistics_of
 from data_pipeline.finish import finish_task
@@ -139,6 +141,10 @@ def _near_tasks(job: Job) -> int:
     return len(job.plan.tasks) if job.pipeline.near_duplicates.enabled else 0
 
 
+def _overlap_tasks(job: Job) -> int:
+    return len(job.plan.tasks) if job.pipeline.decontaminate.enabled else 0
+
+
 STAGES = [
     Stage("read", "reading inputs", 2, (), _read_settings, lambda job: len(job.plan.tasks), read_task),
     Stage("sign", "signing documents", 1, ("read",), near_settings, _near_tasks, sign_task),
@@ -151,12 +157,24 @@ STAGES = [
         lambda job: int(job.pipeline.near_duplicates.enabled),
         cluster_task,
     ),
+    Stage(
+        "overlap", "looking for evaluation items", 1, ("read",), contamination_settings, _overlap_tasks, overlap_task
+    ),
+    Stage(
+        "contamination",
+        "judging evaluation items",
+        1,
+        ("cluster", "overlap"),
+        contamination_settings,
+        lambda job: int(job.pipeline.decontaminate.enabled),
+        contamination_task,
+    ),
     Stage("tokenizer", "preparing the tokenizer", 1, ("read",), _tokenizer_settings, lambda job: 1, tokenizer_task),
     Stage(
         "write",
         "encoding and writing",
-        2,
-        ("read", "cluster", "tokenizer"),
+        3,
+        ("read", "cluster", "contamination", "tokenizer"),
         lambda job: job.pipeline.seed,
         lambda job: job.plan.buckets.total,
         write_task,
@@ -165,7 +183,7 @@ STAGES = [
         "finish",
         "closing the accounts",
         1,
-        ("read", "cluster", "tokenizer", "write"),
+        ("read", "cluster", "contamination", "tokenizer", "write"),
         lambda job: job.plan.pipeline_sha256,
         lambda job: 1,
         finish_task,

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.config import EncodeSection
+from data_pipeline.decontaminate.stage import contaminated_of
 from data_pipeline.dedup.stage import count_by_input, near_duplicates_of
 from data_pipeline.encode import Encoder, Ids, OracleDifference
 from data_pipeline.engine import Job, TaskResult, statistics_of
@@ -21,6 +22,7 @@ from megatron_joy.data.manifest import TOKENIZER_FOLDER, ShardEntry, TokenizerId
 from megatron_joy.data.provenance import SUFFIX, DocumentOrigin, write_origins
 from megatron_joy.data.shards import ShardSummary, ShardWriter, bin_path, idx_path, token_dtype
 
+DROPPED = ("exact_duplicate", "near_duplicate", "contaminated")  # reasons, in the order in which they count
 BATCH_BYTES = 2_000_000  # text that is encoded and written at a time
 
 
@@ -107,25 +109,29 @@ def count_sources(origins: list[DocumentOrigin], tokens: npt.NDArray[np.int64]) 
     return sources
 
 
+def select(job: Job, bucket: int) -> tuple[list[Spooled], dict[str, Counter[int]]]:
+    """A bucket's documents that stay, shuffled, and what goes, by reason and input file. The first reason counts."""
+    dropped: dict[str, Counter[int]] = {reason: Counter() for reason in DROPPED}
+    lists = (("near_duplicate", near_duplicates_of(job, bucket)), ("contaminated", contaminated_of(job, bucket)))
+    kept = []
+    for document in unique(read_bucket(spools_of(job), bucket), dropped["exact_duplicate"]):
+        reason = next((reason for reason, hashes in lists if document.hash in hashes), None)
+        if reason is None:
+            kept.append(document)
+        else:
+            dropped[reason][document.input] += 1
+    return shuffled(kept, job.pipeline.seed), dropped
+
+
 def write_task(job: Job, shard: int) -> TaskResult:
     """The task of the write stage; an empty bucket gives no shard."""
     split, number = job.plan.buckets.split_of(shard)
     identity = TokenizerIdentity(**statistics_of(job, "tokenizer", 1)[0])
-    duplicates: Counter[int] = Counter()
-    near: Counter[int] = Counter()
-    gone = near_duplicates_of(job, shard)
-    kept = []
-    for document in unique(read_bucket(spools_of(job), shard), duplicates):
-        if document.hash in gone:
-            near[document.input] += 1
-        else:
-            kept.append(document)
-    documents = shuffled(kept, job.pipeline.seed)
+    documents, dropped = select(job, shard)
     statistics: dict[str, Any] = {
         "split": split,
-        "documents_in": len(documents) + duplicates.total() + near.total(),
-        "duplicates": count_by_input(duplicates, job),
-        "near_duplicates": count_by_input(near, job),
+        "documents_in": len(documents) + sum(counts.total() for counts in dropped.values()),
+        "dropped": {reason: count_by_input(counts, job) for reason, counts in dropped.items()},
         "sources": {},
         "shard": None,
     }

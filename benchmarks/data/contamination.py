@@ -85,12 +85,17 @@ def main() -> None:
     index = index_items(("items", number, text) for number, text in enumerate(items))
     encoded = [text.encode() for text in corpus]
     began = time.process_time()
-    whitelist = whitelist_of(count_unrelated(index, [*encoded, *(text.encode() for _, text in planted)]))
-    gone = [number for number, text in enumerate(encoded) if judge(index, whitelist, text)]
+    whitelist = whitelist_of(
+        count_unrelated(index, map(index.grams_in, [*encoded, *(text.encode() for _, text in planted)]))
+    )
+    gone = [number for number, text in enumerate(encoded) if judge(index, whitelist, index.grams_in(text))]
     seconds = time.process_time() - began
     known = set().union(*map(plain_grams, items)) - plain_grams(COMMON)
     wrong = sum(not (plain_grams(corpus[number]) & known) for number in gone)
-    missed = {form: sum(judge(index, whitelist, t.encode()) is None for f, t in planted if f == form) for form in FORMS}
+    missed = {
+        form: sum(judge(index, whitelist, index.grams_in(t.encode())) is None for f, t in planted if f == form)
+        for form in FORMS
+    }
     result = {
         "documents": len(corpus),
         "megabytes": sum(map(len, encoded)) / 1e6,

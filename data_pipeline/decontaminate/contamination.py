@@ -9,7 +9,7 @@ common n-grams do not delete documents. The report gives neither n nor the rule;
   never whitelist it; the wording that a thousand exams share is.
 - A document goes when it holds at least `least` n-grams of one item that aren't whitelisted for it.
 
-Two passes over the text: count, then judge. Counts of several workers are added up.
+Two passes over what `EvaluationIndex.grams_in` finds: count, then judge. Counts of several workers add up.
 """
 
 from collections.abc import Iterable
@@ -37,11 +37,14 @@ class Finding:
     whitelisted: int
 
 
-def count_unrelated(index: EvaluationIndex, texts: Iterable[bytes]) -> Numbers:
-    """For each n-gram of each item (places in `index.owners`): how many documents unrelated to the item hold it."""
+def count_unrelated(index: EvaluationIndex, documents: Iterable[Numbers]) -> Numbers:
+    """For each n-gram of each item (places in `index.owners`): how many documents unrelated to the item hold it.
+
+    documents: what `index.grams_in` gives for each.
+    """
     counts = np.zeros(len(index.owners), dtype=np.int64)
-    for text in texts:
-        for item, places in index.hits(index.grams_in(text)).items():
+    for grams in documents:
+        for item, places in index.hits(grams).items():
             if len(places) < RELATED * index.items[item].grams:
                 counts[places] += 1
     return counts
@@ -53,10 +56,12 @@ def whitelist_of(counts: Numbers, common: int = COMMON) -> npt.NDArray[np.bool_]
     return listed
 
 
-def judge(index: EvaluationIndex, whitelist: npt.NDArray[np.bool_], text: bytes, least: int = LEAST) -> Finding | None:
-    """Why a document goes, None if it stays. Of several items the one with most hits, of equals the first."""
+def judge(
+    index: EvaluationIndex, whitelist: npt.NDArray[np.bool_], grams: Numbers, least: int = LEAST
+) -> Finding | None:
+    """Why a document with these n-grams goes, None if it stays. Of several items the one with most hits."""
     best: Finding | None = None
-    for number, own in sorted(index.hits(index.grams_in(text)).items()):
+    for number, own in sorted(index.hits(grams).items()):
         listed = int(np.count_nonzero(whitelist[own]))
         if len(own) - listed >= least and (best is None or len(own) > best.hits):
             item = index.items[number]

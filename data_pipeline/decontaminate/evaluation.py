@@ -40,12 +40,17 @@ def _texts(value: Any, fields: Sequence[str]) -> Iterator[str]:
                 yield from _texts(part, ())
 
 
-def read_items(folder: Path, fields: Sequence[str] = ()) -> Iterator[tuple[str, int, str]]:
-    """(benchmark, line, text) of every item. Raises UserError for a folder without items or a line that is none."""
+def item_files(folder: Path) -> list[Path]:
+    """The files of the evaluation sets, in order. Raises UserError when there is none."""
     paths = sorted(folder.glob("*.jsonl"))
     if not paths:
         raise UserError(f"{folder}: no .jsonl file; give a folder with one JSONL file for each benchmark")
-    for path in paths:
+    return paths
+
+
+def read_items(folder: Path, fields: Sequence[str] = ()) -> Iterator[tuple[str, int, str]]:
+    """(benchmark, line, text) of every item. Raises UserError for a folder without items or a line that is none."""
+    for path in item_files(folder):
         with open(path, "rb") as stream:
             for number, line in enumerate(stream, 1):
                 if not line.strip():

@@ -98,10 +98,13 @@ def test_the_fingerprint_is_of_what_determines_the_bytes() -> None:
     assert len(found) == len(other)
 
 
+SECTIONS = ("tokenizer", "encode", "near_duplicates", "decontaminate", "output")
+
+
 def test_every_key_has_a_description_and_every_reader_its_keys() -> None:
     for model in (Pipeline, SourceSection):
         for name, info in model.model_fields.items():
-            assert info.description or name in ("tokenizer", "encode", "near_duplicates", "output"), name
+            assert info.description or name in SECTIONS, name
     assert set().union(*READER_KEYS.values()) | {"name", "reader", "licence", "max_megabytes"} == set(
         SourceSection.model_fields
     )

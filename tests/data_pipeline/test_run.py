@@ -329,9 +329,9 @@ def test_accounts_off_by_one_are_refused_and_nothing_is_published(corpus: Path, 
 
 def test_accounts_are_counted_by_readers_and_writers_independently() -> None:
     read = {"sources": {"a": {"records": 5, "documents": 4, "dropped": {"empty": 1}}}}
-    wrote = {"documents_in": 4, "duplicates": {"a": 1}, "near_duplicates": {}, "sources": {"a": {"documents": 3}}}
+    wrote = {"documents_in": 4, "dropped": {"exact_duplicate": {"a": 1}}, "sources": {"a": {"documents": 3}}}
     assert close_accounts([read], [wrote]) == (5, Counter(empty=1, exact_duplicate=1))
-    for wrong in ({"documents_in": 5}, {"duplicates": {}}, {"sources": {"a": {"documents": 2}}}):
+    for wrong in ({"documents_in": 5}, {"dropped": {}}, {"sources": {"a": {"documents": 2}}}):
         with pytest.raises(WorkError):
             close_accounts([read], [wrote | wrong])
 

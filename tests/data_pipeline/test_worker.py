@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.local import LocalPool
+from data_pipeline.stages import STAGES
 from megatron_joy.errors import UserError, WorkError
 from tests.data_pipeline.corpora import digests, run_inline, texts, write_jsonl, write_pipeline
 
@@ -30,7 +31,7 @@ def test_a_scheduler_can_do_a_run_task_by_task(pipeline: Path, tmp_path: Path) -
     planned = worker(str(pipeline), "--plan")
     assert planned.returncode == 0, planned.stderr
     counts = json.loads(planned.stdout)
-    assert list(counts) == ["read", "sign", "cluster", "tokenizer", "write", "finish"]
+    assert list(counts) == [stage.name for stage in STAGES]
     for stage, count in counts.items():
         for shard in reversed(range(count)):
             done = worker(str(pipeline), "--stage", stage, "--shard", str(shard))
@@ -61,7 +62,7 @@ def test_wrong_stages_and_shards_and_early_tasks_are_refused(pipeline: Path) -> 
         (
             ["--stage", "reed", "--shard", "0"],
             2,
-            "no such stage; there are read, sign, cluster, tokenizer, write, finish",
+            "no such stage; there are read, sign, cluster, overlap, contamination",
         ),
         (["--stage", "read", "--shard", "99"], 2, "stage read has shards 0 to "),
         (["--stage", "write", "--shard", "0"], 1, "must be whole before the next one starts"),

@@ -49,9 +49,9 @@ def test_planted_items_are_all_found_and_common_wording_deletes_nothing(
     index: EvaluationIndex, items: list[str], corpus: list[tuple[str, int | None]]
 ) -> None:
     encoded = [text.encode() for text, _ in corpus]
-    whitelist = whitelist_of(count_unrelated(index, encoded))
+    whitelist = whitelist_of(count_unrelated(index, map(index.grams_in, encoded)))
     assert whitelist.sum() == len(items) * (len(COMMON.split()) - 12)
-    findings = [judge(index, whitelist, text) for text in encoded]
+    findings = [judge(index, whitelist, index.grams_in(text)) for text in encoded]
     missed = sum(found is None for found, (_, planted) in zip(findings, corpus, strict=True) if planted is not None)
     wrong = sum(found is not None for found, (_, planted) in zip(findings, corpus, strict=True) if planted is None)
     assert (missed, wrong) == (0, 0)
@@ -64,23 +64,25 @@ def test_without_the_whitelist_common_wording_deletes_documents(
     index: EvaluationIndex, corpus: list[tuple[str, int | None]]
 ) -> None:
     nothing = np.zeros(len(index.owners), dtype=bool)
-    wrong = [text for text, planted in corpus if planted is None and judge(index, nothing, text.encode())]
+    wrong = [
+        text for text, planted in corpus if planted is None and judge(index, nothing, index.grams_in(text.encode()))
+    ]
     assert len(wrong) == 100
 
 
 def test_many_copies_of_an_item_do_not_whitelist_it(index: EvaluationIndex, items: list[str]) -> None:
     copies = [f"mirror {number} {items[3]}".encode() for number in range(50)]
-    whitelist = whitelist_of(count_unrelated(index, copies))
+    whitelist = whitelist_of(count_unrelated(index, map(index.grams_in, copies)))
     assert not whitelist[index.owners == 3].any()
     assert whitelist.any()  # for the other items, whose common wording the copies hold
     grams = len(items[3].split()) - 12
-    assert judge(index, whitelist, copies[0]) == Finding("exam1", 3, grams, grams, 0)
+    assert judge(index, whitelist, index.grams_in(copies[0])) == Finding("exam1", 3, grams, grams, 0)
 
 
 def test_counts_of_parts_add_up(index: EvaluationIndex, corpus: list[tuple[str, int | None]]) -> None:
     encoded = [text.encode() for text, _ in corpus]
-    parts = count_unrelated(index, encoded[:123]) + count_unrelated(index, encoded[123:])
-    assert np.array_equal(parts, count_unrelated(index, encoded))
+    parts = sum(count_unrelated(index, map(index.grams_in, part)) for part in (encoded[:123], encoded[123:]))
+    assert np.array_equal(parts, count_unrelated(index, map(index.grams_in, encoded)))
 
 
 def test_short_items_are_found_whole_and_too_short_ones_left_out() -> None:
@@ -89,15 +91,16 @@ def test_short_items_are_found_whole_and_too_short_ones_left_out() -> None:
     assert index.lengths == (9, 13)
     assert [item.grams for item in index.items] == [1, 0]
     nothing = np.zeros(1, dtype=bool)
-    found = judge(index, nothing, b"before NINE words that make one whole item, by themselves! after " * 2)
+    found = judge(index, nothing, index.grams_in(b"NINE words that make one whole item, by themselves! after " * 2))
     assert found == Finding("short", 1, 1, 1, 0)
-    assert judge(index, nothing, b"nine words that make one item by themselves") is None
+    assert judge(index, nothing, index.grams_in(b"nine words that make one item by themselves")) is None
 
 
 def test_chinese_items_are_found_by_character() -> None:
     item = "小明有三个苹果他又买了五个苹果请问他现在一共有多少个苹果"
     index = index_items(iter([("math", 1, item)]))
-    assert judge(index, np.zeros(len(index.owners), dtype=bool), f"题目：{item}？答案：八".encode()) is not None
+    grams = index.grams_in(f"题目：{item}？答案：八".encode())
+    assert judge(index, np.zeros(len(index.owners), dtype=bool), grams) is not None
 
 
 def test_items_are_read_from_fields_at_any_depth(tmp_path: Path) -> None:
