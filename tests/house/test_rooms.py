@@ -28,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "model": FOUNDATION | {"precision"},
     "optim": FOUNDATION | {"model"},
     "checkpoint": FOUNDATION | {"model", "optim", "data.atomic"},
-    "parallel": FOUNDATION | {"model", "optim", "data", "checkpoint"},
+    "parallel": {"errors", "recipe"},
     "report": {"errors", "recipe", "data"},
     "train": TRAINING | {"report"},
     "prove": TRAINING | {"train"},

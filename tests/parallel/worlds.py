@@ -1,0 +1,54 @@
+"""What ranks really allocate: run on each rank of a gloo world."""
+
+from typing import Any
+
+from megatron_joy.recipe.schema import Recipe
+from tests.model.small import small_recipe
+
+WIDTHS = {"hidden_size": 40, "intermediate_size": 88, "vocab_size": 104, "q_lora_rank": 28, "qk_rope_head_dim": 6}
+
+
+def uneven_recipe(layout: dict[str, Any], dtype: str = "fp32", **train: Any) -> Recipe:
+    """The minuscule model with widths that pad: few are multiples of 64 values."""
+    counts = {1: None, 2: [2, 2], 4: [1, 1, 1, 1]}
+    chunks = layout.get("pipeline_model_parallel_size", 1) * layout.get("virtual_pipeline_model_parallel_size", 1)
+    recipe = small_recipe({"pipeline_layer_counts": counts[chunks]} | layout, WIDTHS, train)
+    return recipe.model_copy(update={"precision": recipe.precision.model_copy(update={"params_dtype": dtype})})
+
+
+def allocated(recipe: Recipe) -> dict[str, Any]:
+    """Bytes by kind, and the names and sizes of parameters, on this rank once the trainer is built."""
+    import torch
+
+    from megatron_joy.model.build import build_model
+    from megatron_joy.optim.build import parts
+    from megatron_joy.platform import process as processes
+    from megatron_joy.train.step import Trainer
+
+    process = processes.start(recipe.layout, recipe.seed)
+    chunks = build_model(recipe, process)
+    trainer = Trainer(recipe, process, chunks)
+    storages: dict[str, dict[int, int]] = {"parameters": {}, "gradients": {}, "masters": {}, "moments": {}}
+
+    def add(kind: str, tensor: torch.Tensor | None) -> None:
+        if tensor is not None:
+            storage = tensor.untyped_storage()
+            storages[kind][storage.data_ptr()] = storage.nbytes()
+
+    for chunk in trainer.chunks:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            add("parameters", buffer.param_data)
+            add("gradients", buffer.grad_data)
+    for part in parts(trainer.optimizer):
+        part._init_optimizer_states_with_dummy_values()
+        for group in part.shard_fp32_from_float16_groups:
+            for master in group:
+                add("masters", master)
+        for state in part.optimizer.state.values():
+            add("moments", state["exp_avg"])
+            add("moments", state["exp_avg_sq"])
+    named = [
+        [(name, tuple(p.shape), not getattr(p, "allreduce", True)) for name, p in c.named_parameters()] for c in chunks
+    ]
+    router = sum(b.numel() * b.element_size() for c in chunks for n, b in c.named_buffers() if ".router." in n)
+    return {kind: sum(found.values()) for kind, found in storages.items()} | {"router": router, "named": named}
