@@ -1,17 +1,20 @@
 """A recipe's optimizer: Megatron-core's distributed optimizer (ZeRO-1, fp32 master weights) around AdamW or Muon."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from megatron.core.optimizer import (
     ChainedOptimizer,
     MegatronOptimizer,
     OptimizerConfig,
+    ParamKey,
     _get_megatron_optimizer_based_on_param_groups,
     _get_param_groups,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from megatron_joy.model.config import DTYPES
 from megatron_joy.optim.distributed import MuonDistributedOptimizer
@@ -20,6 +23,8 @@ from megatron_joy.optim.muon import Muon, MuonSettings
 from megatron_joy.optim.newton_schulz import triples
 from megatron_joy.platform.process import Process
 from megatron_joy.recipe.schema import Recipe
+
+OF_MTP = "of_mtp"  # marks the parameter groups of the MTP layer
 
 
 def build_optimizer(recipe: Recipe, process: Process, chunks: Sequence[Any]) -> MegatronOptimizer:
@@ -46,12 +51,28 @@ def build_optimizer(recipe: Recipe, process: Process, chunks: Sequence[Any]) -> 
         optimizer = _with_muon(muon_settings(recipe), config, process, list(chunks))
     else:
         optimizer = get_megatron_optimizer(
-            config, list(chunks), use_gloo_process_groups=False, pg_collection=process.groups
+            config,
+            list(chunks),
+            config_overrides=_group_rules(config),
+            use_gloo_process_groups=False,
+            pg_collection=process.groups,
         )
+    set_weight_decay(optimizer, section.weight_decay)
+    return optimizer
+
+
+def set_weight_decay(optimizer: MegatronOptimizer, decay: float, with_mtp: bool = True) -> None:
+    """Sets each group's weight decay; without MTP that layer, which gets no gradient then, must not shrink either."""
     for group in optimizer.param_groups:
         # Megatron-core marks norms with a factor of 0 and leaves it to a scheduler of its own to apply it.
-        group["weight_decay"] = section.weight_decay * group["wd_mult"]
-    return optimizer
+        group["weight_decay"] = decay * group["wd_mult"] * (with_mtp or not group.get(OF_MTP, False))
+
+
+def _group_rules(config: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
+    """Norms are a group of their own, and so is the MTP layer (twice: its norms)."""
+    of_mtp = ParamWithNamePredicate(name=OF_MTP, fn=lambda parameter, name: "mtp." in name)
+    marked = cast(ParamGroupOverride, {OF_MTP: True})
+    return {**get_standard_config_overrides(config), ParamKey(with_name_predicate=of_mtp): marked}
 
 
 def muon_settings(recipe: Recipe) -> MuonSettings:
@@ -73,7 +94,7 @@ def _with_muon(
 
     Megatron-core chains optimizers the same way for dense weights and experts; the norm and its clipping are over all.
     """
-    groups = _get_param_groups(chunks, config, get_standard_config_overrides(config))
+    groups = _get_param_groups(chunks, config, _group_rules(config))
 
     def of(on_muon: bool, expert: bool) -> list[dict[str, Any]]:
         return [

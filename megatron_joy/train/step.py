@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_joy.data.batch import Batch
 from megatron_joy.model.rope import set_rotary_base
-from megatron_joy.optim.build import build_optimizer, set_learning_rate
+from megatron_joy.optim.build import build_optimizer, set_learning_rate, set_weight_decay
 from megatron_joy.optim.layout import buffer_layout
 from megatron_joy.platform.process import Process
 from megatron_joy.recipe.schema import Recipe
@@ -71,7 +71,7 @@ class Trainer:
     def enter(self, stage: Stage) -> None:
         """Sets the model up for a stage; weights, optimizer state and router biases go on as they are.
 
-        With a loss factor of 0 the MTP layer is left out of the computation.
+        With a loss factor of 0 the MTP layer is left out: no computation, no gradient, no weight decay.
         """
         config = self.models[0].config  # one for all chunks
         config.moe_router_bias_update_rate = stage.router_bias_update_rate
@@ -79,6 +79,7 @@ class Trainer:
         self._with_mtp = self.recipe.model.num_nextn_predict_layers > 0 and stage.mtp_loss_factor > 0
         for model in self._mtp_models:
             model.mtp_process = self._with_mtp
+        set_weight_decay(self.optimizer, self.recipe.optimizer.weight_decay, self._with_mtp)
         set_rotary_base(self.models, stage.rope_theta)
 
     def _replicated(self, chunk: Any, ddp: DistributedDataParallelConfig, first: bool) -> DistributedDataParallel:

@@ -51,6 +51,28 @@ def test_without_mtp_the_main_loss_is_the_same_and_the_layer_gets_no_gradient(al
     assert trainer.step(2, [batch(ROWS)]).mtp_loss == pytest.approx(theirs.mtp_loss, rel=0.05)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_mtp_layer_that_is_left_out_keeps_every_bit(alone: platform.Process, optimizer: str) -> None:
+    recipe = small_recipe()
+    recipe = recipe.model_copy(update={"optimizer": recipe.optimizer.model_copy(update={"name": optimizer})})
+    trainer = Trainer(recipe, alone, build_model(recipe, alone))
+    (model,) = trainer.models
+
+    def moved(number: int) -> set[bool]:
+        """Whether each tensor of (MTP, the rest) changed in a step."""
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        trainer.step(number, [batch(ROWS)])
+        changed = {name: not torch.equal(p, before[name]) for name, p in model.named_parameters()}
+        assert all(change for name, change in changed.items() if not name.startswith("mtp."))
+        return {change for name, change in changed.items() if name.startswith("mtp.")}
+
+    stage = trainer.timetable.stages[0]
+    trainer.enter(replace(stage, mtp_loss_factor=0.0))
+    assert moved(1) == moved(2) == {False}
+    trainer.enter(stage)
+    assert moved(3) == {True}
+
+
 def test_the_router_rate_is_the_stages(alone: platform.Process) -> None:
     trainer, stage = made(alone)
     for rate in (0.0, 0.25):
