@@ -75,6 +75,12 @@ class MinHash:
         kernels().joy_signatures(joined, starts, len(texts), *arguments)
         return found, shingles
 
+    def signature_of(self, hashes: Hashes) -> Signatures:
+        """The signature uint32 [permutations] of a text by its shingle hashes, with or without repetitions."""
+        found = np.empty(self.permutations, dtype=np.uint32)
+        kernels().joy_signature(hashes, len(hashes), *self._coefficients, self.permutations, found)
+        return found
+
     def all_shingles(self, text: bytes) -> Hashes:
         """The hashes of a UTF-8 text's shingles, uint64, in their order, repeated ones too."""
         out = np.empty(len(text) + 1, dtype=np.uint64)
@@ -84,7 +90,10 @@ class MinHash:
 
     def shingles(self, text: bytes) -> Hashes:
         """The set of a UTF-8 text's shingle hashes: uint64, ascending, each once."""
-        return np.unique(self.all_shingles(text))
+        hashes = np.sort(self.all_shingles(text))
+        fresh = np.ones(len(hashes), dtype=bool)
+        np.not_equal(hashes[1:], hashes[:-1], out=fresh[1:])  # np.unique takes longer: it hashes first
+        return hashes[fresh]
 
 
 def jaccard_of_rows(store: Hashes, starts: Numbers, left: Numbers, right: Numbers) -> npt.NDArray[np.float64]:

@@ -10,11 +10,11 @@ A document has a row in its part and a number over all parts in their order. Shi
 text; with them a part is all that later runs need to tell new documents from old ones.
 """
 
+import struct
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import batched
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from megatron_joy.errors import UserError
 
 PART = "part.json"
 FILES = ("signatures.bin", "documents.bin", "scores.bin", "shingles.bin")
-BATCH_DOCUMENTS = 256  # signed together
+ENTRY, SCORE = struct.Struct("<qq"), struct.Struct("<f")
 
 
 def write_part(folder: Path, method: MinHash, documents: Iterable[tuple[bytes, float]]) -> list[Path]:
@@ -36,16 +36,14 @@ def write_part(folder: Path, method: MinHash, documents: Iterable[tuple[bytes, f
     count = place = 0
     with ExitStack() as stack:
         signed, sizes, scores, sets = [stack.enter_context(atomic_file(path)) for path in paths]
-        for batch in batched(documents, BATCH_DOCUMENTS):
-            texts = [text for text, _ in batch]
-            signed.write(method.signatures(texts)[0].tobytes())
-            scores.write(np.array([score for _, score in batch], dtype="<f4").tobytes())
-            for text in texts:
-                hashes = method.shingles(text)
-                sets.write(hashes.tobytes())
-                sizes.write(np.array([len(text), place], dtype="<i8").tobytes())
-                place += len(hashes)
-            count += len(batch)
+        for text, score in documents:
+            hashes = method.shingles(text)
+            signed.write(method.signature_of(hashes).tobytes())
+            sizes.write(ENTRY.pack(len(text), place))
+            scores.write(SCORE.pack(score))
+            sets.write(hashes.data)
+            place += len(hashes)
+            count += 1
     content = {
         "fingerprint": method.fingerprint,
         "permutations": method.permutations,

@@ -173,6 +173,13 @@ void joy_signatures(const uint8_t *text, const int64_t *starts, int64_t texts, c
     }
 }
 
+/* Signature [permutations] of the shingles [count] of one text. */
+void joy_signature(const uint64_t *shingles, int64_t count, const uint32_t *a, const uint32_t *b, int permutations,
+                   uint32_t *signature) {
+    memset(signature, 0xFF, sizeof(uint32_t) * (size_t)permutations);
+    lower(signature, shingles, count, a, b, permutations);
+}
+
 /* All shingles of one text, in order, repeated ones too; out holds at least bytes + 1. Returns how many. */
 int64_t joy_shingles(const uint8_t *text, int64_t bytes, const uint32_t *table, uint32_t points, const uint32_t *pool,
                      int gram, uint64_t *out) {

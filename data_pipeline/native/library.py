@@ -15,6 +15,7 @@ SIZE, POINTS, NUMBER = ctypes.c_int64, ctypes.c_uint32, ctypes.c_int
 FOLDING = (U32, POINTS, U32)  # table, its length, pool
 FUNCTIONS = {
     "joy_signatures": (None, (BYTES, I64, SIZE, *FOLDING, U32, U32, NUMBER, NUMBER, U32, I64)),
+    "joy_signature": (None, (U64, SIZE, U32, U32, NUMBER, U32)),
     "joy_shingles": (SIZE, (BYTES, SIZE, *FOLDING, NUMBER, U64)),
     "joy_shared": (None, (U64, I64, I64, I64, SIZE, I64)),
     "joy_sort_rows": (None, (U64, U64, SIZE)),

@@ -38,6 +38,8 @@ def test_signatures_and_shingles_equal_the_slow_reference(gram: int, permutation
     assert counts.tolist() == [len(slow_minhash.shingles(text, gram)) for text in TEXTS]
     for text in TEXTS:
         assert method.shingles(text.encode()).tolist() == sorted(set(slow_minhash.shingles(text, gram)))
+    again = [method.signature_of(method.shingles(text.encode())) for text in TEXTS]
+    assert np.array_equal(found, np.stack(again))
 
 
 @settings(max_examples=150, deadline=None)
