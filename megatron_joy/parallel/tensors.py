@@ -17,8 +17,8 @@ ATTENTION, DENSE, MOE = "+", "-", "E"
 class Tensor:
     """One parameter on one rank.
 
-    `expert`: its replicas are the expert data-parallel ranks, and it lies in a buffer of theirs. `shared`: the first and
-    the last pipeline stage both have it (the embedding, for the MTP layer), in a bucket of its own.
+    `expert`: its replicas are the expert data-parallel ranks, and it lies in a buffer of theirs.
+    `shared`: the first and the last pipeline stage both have it (the embedding, for MTP), in a bucket of its own.
     """
 
     name: str
