@@ -1,12 +1,14 @@
 """One micro-batch through the model: its inputs in the form each layout wants, and its loss."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_joy.data.batch import Batch, context_parallel_slice
@@ -58,6 +60,21 @@ def loss_sums(mask: Tensor, targets: MTPTargets | None, losses: Tensor) -> tuple
     return main, mask.sum().to(torch.int), report
 
 
+@contextmanager
+def mtp_left_out(model: Any) -> Iterator[None]:
+    """The chunk without its MTP layer, for the forward pass alone.
+
+    When gradients are reduced the chunk must say again that it has one: Megatron-core then adds the gradients of both
+    copies of the embedding, and would take the head's weight for the second copy otherwise.
+    """
+    chunk = unwrap_model(model)
+    before, chunk.mtp_process = chunk.mtp_process, False
+    try:
+        yield
+    finally:
+        chunk.mtp_process = before
+
+
 def forward_step(
     process: Process, with_mtp: bool, micro_batches: Iterator[MicroBatch], model: Any
 ) -> tuple[Tensor, Any]:
@@ -65,7 +82,8 @@ def forward_step(
     micro = next(micro_batches)
     batch = local_batch(micro.batch, process)
     targets = MTPTargets(batch.mtp_labels, batch.mtp_loss_mask, micro.mtp_weight) if with_mtp else None
-    losses = model(
-        batch.tokens, batch.position_ids, labels=batch.labels, loss_mask=targets, **model_inputs(batch, process)
-    )
+    with nullcontext() if with_mtp else mtp_left_out(model):
+        losses = model(
+            batch.tokens, batch.position_ids, labels=batch.labels, loss_mask=targets, **model_inputs(batch, process)
+        )
     return losses, partial(loss_sums, batch.loss_mask, targets)

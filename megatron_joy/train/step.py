@@ -65,7 +65,7 @@ class Trainer:
         config.grad_scale_func = self.optimizer.scale_loss
         config.no_sync_func = [c.no_sync for c in self.chunks] if len(self.chunks) > 1 else self.chunks[0].no_sync
         self.schedule = get_forward_backward_func()
-        self.models, self._mtp_models = chunks, [chunk for chunk in chunks if chunk.mtp_process]
+        self.models = chunks
         self._with_mtp = recipe.model.num_nextn_predict_layers > 0
 
     def enter(self, stage: Stage) -> None:
@@ -77,8 +77,6 @@ class Trainer:
         config.moe_router_bias_update_rate = stage.router_bias_update_rate
         config.mtp_loss_scaling_factor = stage.mtp_loss_factor
         self._with_mtp = self.recipe.model.num_nextn_predict_layers > 0 and stage.mtp_loss_factor > 0
-        for model in self._mtp_models:
-            model.mtp_process = self._with_mtp
         set_weight_decay(self.optimizer, self.recipe.optimizer.weight_decay, self._with_mtp)
         set_rotary_base(self.models, stage.rope_theta)
 

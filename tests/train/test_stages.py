@@ -11,6 +11,7 @@ from megatron_joy.recipe.timetable import Timetable
 from tests.train.minuscule import (
     EP2,
     ONE,
+    PP2,
     STAGED_STEPS,
     Outcome,
     die,
@@ -98,7 +99,7 @@ def test_another_layout_has_the_same_samples_in_the_same_batches(
 ) -> None:
     run = tmp_path / "run"
     assert set(train(staged, run, EP2, before=_note_samples, inputs=(tmp_path, 3)).codes) == {75}
-    assert train(staged, run, ONE, before=_note_samples, inputs=(tmp_path, 6)).codes == [75]
+    assert set(train(staged, run, PP2, before=_note_samples, inputs=(tmp_path, 6)).codes) == {75}
     ended = train(staged, run, EP2, before=_note_samples, inputs=(tmp_path, None))
     assert samples(tmp_path) == whole[1]
     for mine, other in zip(last_rows(ended.rows), whole[0].rows, strict=True):
