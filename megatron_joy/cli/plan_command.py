@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from launch import plan as launch_plan
 from megatron_joy.data.manifest import load_manifest, manifest_path
+from megatron_joy.errors import UserError
 from megatron_joy.recipe import Recipe, load_recipe
 from megatron_joy.recipe.timetable import Stage, Timetable
 from megatron_joy.report import text
@@ -21,19 +23,39 @@ from megatron_joy.report import text
 def command(
     recipe: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped name or a TOML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE ...", help="train.steps=100")] = None,
+    gpu: Annotated[str, typer.Option("--gpu", help="The GPU to plan for, as h100-80g.")] = "h100-80g",
+    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="GPUs of the run: sets the replicas.")] = None,
+    mfu: Annotated[float, typer.Option("--mfu", min=0.01, max=1.0, help="Assumed share of the GPU's peak.")] = 0.3,
+    price: Annotated[float, typer.Option("--price", min=0.0, help="Assumed price of a GPU hour.")] = 2.5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON value.")] = False,
 ) -> None:
-    """Shows a recipe's stages: updates, tokens, batch, sequence length, learning rate, and what is read of each source.
+    """Shows a recipe's stages, what is read of each source, memory of every pipeline stage, days and cost.
 
-    Example: joy plan joyai_48b_a3b
+    Example: joy plan joyai_48b_a3b --gpus 512 --gpu h100-80g
     """
-    plan = schedule_plan(load_recipe(recipe, overrides or ()))
+    device, loaded = launch_plan.gpu_named(gpu), load_recipe(recipe, overrides or ())
+    if gpus is not None:
+        loaded = load_recipe(recipe, [*(overrides or ()), _replicas(loaded, gpus)])
+    plan = schedule_plan(loaded) | {
+        "gpu": gpu,
+        "memory": launch_plan.memory_plan(loaded, device),
+        "run": launch_plan.run_plan(loaded, device, mfu, price),
+    }
     if as_json:
         print(json.dumps(plan, indent=2, ensure_ascii=False))
         return
     console = Console()
-    for table in (_stage_table(plan), _source_table(plan)):
+    for table in (_stage_table(plan), _source_table(plan), _memory_table(plan)):
         console.print(table)
+    console.print(_run_text(plan), highlight=False)
+
+
+def _replicas(recipe: Recipe, gpus: int) -> str:
+    size = recipe.layout.model_parallel_size
+    if gpus % size:
+        near = max(size, round(gpus / size) * size)
+        raise UserError(f"--gpus {gpus}: must be a multiple of TP x CP x PP = {size}; the nearest is {near}")
+    return f"layout.data_parallel_size={gpus // size}"
 
 
 def schedule_plan(recipe: Recipe) -> dict[str, Any]:
@@ -131,3 +153,32 @@ def _source_table(plan: dict[str, Any]) -> Table:
             table.add_row(name, escape(use["source"]), share, text.count(use["tokens"]), epochs)
         table.add_section()
     return table
+
+
+KINDS = ("parameters", "gradients", "optimizer", "activations", "workspace", "total", "spare", "dispatch_worst_case")
+
+
+def _memory_table(plan: dict[str, Any]) -> Table:
+    table = Table(title=f"GiB of a rank of {plan['gpu']}, by pipeline stage", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("sequence", "stage", *(kind.replace("_", " ") for kind in KINDS), "verdict"):
+        table.add_column(name, justify="right")
+    for row in plan["memory"]:
+        cells = (f"{row[kind] / launch_plan.GIB:.1f}" for kind in KINDS)
+        table.add_row(str(row["sequence_length"]), str(row["stage"]), *cells, row["verdict"])
+    return table
+
+
+def _run_text(plan: dict[str, Any]) -> str:
+    run = plan["run"]
+    states = (
+        "exact" if run["states_exact"] else "planned as AdamW's; Muon has a moment less and buffers somewhat longer"
+    )
+    lines = (
+        f"{text.count(run['flops_per_token'])} FLOPs a token, whole sequences attended.",
+        f"On {run['gpus']} GPUs at an assumed MFU of {run['assumed_mfu']:.0%}:",
+        f"{run['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, {run['days']:,.1f} days,",
+        f"{run['cost']:,.0f} at an assumed {run['assumed_price_per_gpu_hour']:g} a GPU hour.",
+        f"Parameters, gradients and optimizer state: {states}. Communication is not planned.",
+        "Dispatch worst case: what one layer adds if all tokens go to one rank's experts; not in the total.",
+    )
+    return "\n".join(lines)

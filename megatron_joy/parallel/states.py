@@ -151,13 +151,23 @@ def _sum(states: Iterable[States]) -> States:
     return total
 
 
+def exact(recipe: Recipe) -> bool:
+    """Whether bytes are known exactly. Muon shares out whole matrices and keeps one moment of them;
+    it is planned as AdamW, with two moments and flat ranges: moments too large, padded buffers too small.
+    """
+    return recipe.optimizer.name == "adamw"
+
+
 def stage_states(recipe: Recipe, stage: int) -> States:
-    """Bytes of the rank of a pipeline stage that has most."""
+    """Bytes of the rank of a pipeline stage that has most; for Muon as if AdamW had all (see `exact`)."""
     return _sum(_chunk_states(recipe, chunk, None) for chunk in chunks_of_stage(recipe, stage))
 
 
 def rank_states(recipe: Recipe, rank: int) -> States:
-    """Bytes of one rank of the world. Ranks are numbered TP first, then CP, DP, PP; experts ETP, EP, replicas, PP."""
+    """Bytes of one rank of the world under AdamW.
+
+    Ranks are numbered TP first, then CP, DP, PP; experts ETP, EP, replicas, PP.
+    """
     layout = recipe.layout
     ranks_of_stage = layout.world_size // layout.pipeline_model_parallel_size
     stage, inside = divmod(rank, ranks_of_stage)

@@ -36,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "infer": FOUNDATION | {"model", "parallel", "precision", "checkpoint", "convert", "data"},
     "posttrain": TRAINING | {"train"},
     "data_pipeline": {"errors", "recipe", *TORCH_FREE_DATA},
-    "launch": {"errors", "recipe", *TORCH_FREE_DATA},
+    "launch": {"errors", "recipe", "parallel", *TORCH_FREE_DATA},
 }
 
 

@@ -52,3 +52,47 @@ def allocated(recipe: Recipe) -> dict[str, Any]:
     ]
     router = sum(b.numel() * b.element_size() for c in chunks for n, b in c.named_buffers() if ".router." in n)
     return {kind: sum(found.values()) for kind, found in storages.items()} | {"router": router, "named": named}
+
+
+def saved_by_one_pass(recipe: Recipe) -> int:
+    """Bytes that autograd keeps after the forward pass of one micro-batch, each storage once, parameters left out."""
+    import torch
+
+    from megatron_joy.model.build import build_model
+    from megatron_joy.platform import process as processes
+    from megatron_joy.train.forward import MicroBatch, forward_step
+    from tests.model.small import batch, row
+
+    process = processes.start(recipe.layout, recipe.seed)
+    (model,) = build_model(recipe, process)
+    rows = batch([row([], seed) for seed in range(recipe.train.micro_batch_size)])
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}  # tensors, so that no address is used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in own:
+            kept[address] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output, loss = forward_step(process, True, iter([MicroBatch(rows, 1.0)]), model)
+        loss(output)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def counted_flops(recipe: Recipe) -> int:
+    """FLOPs of forward and backward pass of one row without borders, by torch's own counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megatron_joy.model.build import build_model
+    from megatron_joy.platform import process as processes
+    from megatron_joy.train.forward import MicroBatch, forward_step
+    from tests.model.small import batch, row
+
+    process = processes.start(recipe.layout, recipe.seed)
+    (model,) = build_model(recipe, process)
+    with FlopCounterMode(display=False) as counter:
+        output, loss = forward_step(process, True, iter([MicroBatch(batch([row([], 1)]), 1.0)]), model)
+        loss(output)[0].backward()
+    return int(counter.get_total_flops())

@@ -1,0 +1,116 @@
+"""What a layout needs before it is launched: memory of every pipeline stage by kind, whether it fits, days and cost."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_joy.errors import UserError
+from megatron_joy.parallel import activations, flops
+from megatron_joy.parallel.states import exact, stage_states
+from megatron_joy.recipe.schema import Recipe
+from megatron_joy.recipe.timetable import Timetable
+
+GIB = 2**30
+DAY = 86_400.0  # seconds
+SPARE = 0.05  # of a GPU's memory; less is called tight: allocator, NCCL and CUDA context want some
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Vendor's figures: memory in bytes, dense bf16 FLOP/s."""
+
+    memory: float
+    bf16: float
+    source: str
+
+
+GPUS = {
+    "a100-80g": Gpu(80e9, 312e12, "NVIDIA A100 datasheet (SXM)"),
+    "h100-80g": Gpu(80e9, 989.4e12, "NVIDIA H100 datasheet (SXM), without sparsity"),
+    "h200-141g": Gpu(141e9, 989.4e12, "NVIDIA H200 datasheet (SXM), without sparsity"),
+    "b200-180g": Gpu(180e9, 2250e12, "NVIDIA HGX B200 at 1,000 W, without sparsity"),
+}
+
+
+def gpu_named(name: str) -> Gpu:
+    """A row of GPUS; UserError for another name."""
+    if name not in GPUS:
+        raise UserError(f"--gpu {name}: not in the table of GPUs; known are {', '.join(GPUS)}")
+    return GPUS[name]
+
+
+def _at(recipe: Recipe, length: int, micro: int, batch: int) -> Recipe:
+    data = recipe.data.model_copy(update={"sequence_length": length})
+    train = recipe.train.model_copy(update={"micro_batch_size": micro, "global_batch_size": batch})
+    return recipe.model_copy(update={"data": data, "train": train})
+
+
+def stage_memory(recipe: Recipe, stage: int) -> dict[str, int]:
+    """Bytes by kind on the fullest rank of a pipeline stage; the last two kinds are estimates."""
+    states = stage_states(recipe, stage)
+    here, last = activations.Pass(recipe), stage == recipe.layout.pipeline_model_parallel_size - 1
+    vocabulary = recipe.model.vocab_size // recipe.layout.tensor_model_parallel_size
+    logits = here.tokens * vocabulary * here.width if last else 0
+    return {
+        "parameters": states.parameters,
+        "gradients": states.gradients,
+        "optimizer": states.optimizer,
+        "activations": activations.stage_saved(recipe, stage) + states.router,
+        "workspace": max(activations.recomputed(recipe, stage), logits) + here.hidden(4),
+    }
+
+
+def memory_plan(recipe: Recipe, gpu: Gpu) -> list[dict[str, Any]]:
+    """Memory of every pipeline stage for each sequence length that the run has, with a verdict."""
+    forms = {(s.sequence_length, s.micro_batch_size): s.ramp.last for s in Timetable(recipe).stages}
+    rows = []
+    for (length, micro), batch in forms.items():
+        there = _at(recipe, length, micro, batch)
+        for stage in range(recipe.layout.pipeline_model_parallel_size):
+            kinds = stage_memory(there, stage)
+            total = sum(kinds.values())
+            rows.append(
+                {"sequence_length": length, "stage": stage, **kinds, "total": total}
+                | {"spare": round(gpu.memory) - total, "dispatch_worst_case": activations.dispatch_excess(there)}
+                | {"verdict": _verdict(total, gpu.memory)}
+            )
+    return rows
+
+
+def _verdict(total: int, memory: float) -> str:
+    if total > memory:
+        return f"too large by {(total - memory) / GIB:.1f} GiB"
+    return "fits" if memory - total >= SPARE * memory else "tight"
+
+
+def fits(recipe: Recipe, gpu_name: str) -> str | None:
+    """None when every stage fits; else one line that says which one doesn't and by how much."""
+    for row in memory_plan(recipe, gpu_named(gpu_name)):
+        if row["spare"] < 0:
+            where = f"pipeline stage {row['stage']} at sequence length {row['sequence_length']}"
+            return f"layout: {where} is {row['verdict']} for {gpu_name}; raise a parallel degree or train.recompute"
+    return None
+
+
+def run_plan(recipe: Recipe, gpu: Gpu, mfu: float, price: float) -> dict[str, Any]:
+    """FLOPs of the whole run and, at an assumed MFU and price of a GPU hour, its days and cost.
+
+    Attention is counted over whole sequences, so documents that are shorter make it less.
+    """
+    total, tokens = 0.0, 0
+    for stage in Timetable(recipe).stages:
+        keys = (stage.sequence_length + 1) / 2
+        total += stage.tokens * flops.per_token(recipe, keys, stage.mtp_loss_factor > 0)
+        tokens += stage.tokens
+    gpus = recipe.layout.world_size
+    seconds = total / (gpus * gpu.bf16 * mfu)
+    return {
+        "gpus": gpus,
+        "tokens": tokens,
+        "flops_per_token": total / tokens,
+        "assumed_mfu": mfu,
+        "tokens_per_second_per_gpu": tokens / seconds / gpus,
+        "days": seconds / DAY,
+        "assumed_price_per_gpu_hour": price,
+        "cost": seconds / 3600 * gpus * price,
+        "states_exact": exact(recipe),
+    }
