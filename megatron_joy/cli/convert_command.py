@@ -39,7 +39,9 @@ def _notes(notes: Iterable[str]) -> None:
 def to_hf_command(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run: its newest whole one.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The new folder.")],
-    precision: Annotated[str | None, typer.Option(help="bf16 or fp32; without it the run's own.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="bf16, fp32, fp8, int8, int8-channel, int4 or int4-fp8; without it the run's.")
+    ] = None,
     family: Annotated[
         str, typer.Option(help="model_type of config.json: deepseek_v3 or joyai_llm_flash.")
     ] = "deepseek_v3",
@@ -79,9 +81,21 @@ def _print_export(export: "Export") -> None:
     if export.verification is None:
         return
     print(f"verified: {export.verification.tensors} tensors read back bit for bit")
+    if errors := export.verification.errors:
+        worst = max(errors, key=lambda name: errors[name].relative)
+        print(
+            f"verified: {len(errors)} quantised weights by {export.verification.dequantised_by}, each number within "
+            f"half a step; the largest relative error is {errors[worst].relative:.2%} ({worst})"
+        )
     logits = export.verification.logits
     if logits is None:
         print(f"logits not compared: {export.verification.why_no_logits}")
+        return
+    if export.verification.errors:
+        print(
+            f"against bf16 on {logits.tokens} tokens of text: KL {logits.kl:.2e} nats, the same first choice at "
+            f"{logits.top1_agreement:.1%} of positions, perplexity x {logits.perplexity_ratio:.4f}"
+        )
         return
     print(
         f"verified: logits of {logits.tokens} tokens agree with transformers' to {logits.max_difference:.1e} "

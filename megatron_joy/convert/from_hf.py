@@ -21,6 +21,7 @@ import megatron_joy
 from megatron_joy.checkpoint.find import sha256_of
 from megatron_joy.checkpoint.marker import RECIPE, Checkpoint, FileEntry, Marker, read_marker, step_of, write_marker
 from megatron_joy.checkpoint.storage import SavePlanner, Writer
+from megatron_joy.convert.dequantised import open_folder
 from megatron_joy.convert.folder import new_folder, refuse_existing, refuse_full_disk
 from megatron_joy.convert.hf_config import CONFIG, differing_keys, model_of, read_config
 from megatron_joy.convert.hf_folder import HFFolder, only_dtype
@@ -173,11 +174,12 @@ def from_hf(
 
 def _prepare(path: Path, recipe: Recipe | None) -> _Job:
     config_path = path / CONFIG
-    model = model_of(read_config(path), config_path)
+    config = read_config(path)
+    model = model_of(config, config_path)
     if recipe is not None and (differing := differing_keys(recipe.model, model)):
         raise UserError(f"recipe {recipe.name} is of another model than {config_path}: {', '.join(differing)}")
     plan = conversion_plan(recipe.model if recipe is not None else model, vocabulary=model.vocab_size)
-    folder = HFFolder(path)
+    folder = open_folder(path, config)
     check_tensors(plan, folder.shapes, str(path))
     weights = [tensor.name for tensor in plan.tensors if tensor.kind == "weight" and tensor.name in folder.shapes]
     dtype = only_dtype(folder.dtypes, weights, path)

@@ -128,14 +128,10 @@ def _flattened(config: Mapping[str, Any]) -> dict[str, Any]:
 def model_of(config: Mapping[str, Any], where: Path) -> ModelSection:
     """The recipe's model of a config.json.
 
-    Raises UserError, in one line, for keys that are missing or of a wrong type, for an architecture that is not this
-    one, and for quantised weights.
+    Raises UserError, in one line, for keys that are missing or of a wrong type and for an architecture that is not this
+    one.
     """
     flat = _flattened(config)
-    if flat.get("quantization_config"):
-        method = flat["quantization_config"]
-        name = method.get("quant_method", "unnamed") if isinstance(method, dict) else method
-        raise UserError(f"{where}: weights are quantised ({name}); only BF16 and FP32 folders can be read")
     fixed = FIXED_KEYS | {"num_key_value_heads": flat.get("num_attention_heads")}
     other = [
         f"{key} is {json.dumps(flat[key])}, expected {json.dumps(value)}"

@@ -16,6 +16,7 @@ from megatron_joy.errors import UserError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+QUANTISED = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 OPEN_FILES = 8
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -26,11 +27,12 @@ class HFFolder:
 
     Only safetensors are read, and no code of the folder is run. Raises UserError, in one line, for what is wrong: no
     safetensors, a file that is absent, cut short or not safetensors, an index that disagrees with the files, a dtype
-    other than F32 and BF16.
+    other than F32 and BF16 (`quantised`: and those that quantised weights are stored in).
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, quantised: bool = False) -> None:
         self.folder = folder
+        self._known = DTYPES | (QUANTISED if quantised else {})
         self.file_of: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -74,11 +76,11 @@ class HFFolder:
                 raise UserError(f"{self.folder / name}: has {tensor}, which {self.file_of[tensor]} has too; remove one")
             view = stream.get_slice(tensor)
             dtype = view.get_dtype()
-            if dtype not in DTYPES:
-                raise UserError(f"{self.folder / name}: {tensor} is {dtype}; expected {' or '.join(DTYPES)}")
+            if dtype not in self._known:
+                raise UserError(f"{self.folder / name}: {tensor} is {dtype}; expected {' or '.join(self._known)}")
             self.file_of[tensor] = name
             self.shapes[tensor] = tuple(view.get_shape())
-            self.dtypes[tensor] = DTYPES[dtype]
+            self.dtypes[tensor] = self._known[dtype]
 
     def _file(self, name: str) -> Any:
         stream = self._open.pop(name, None)

@@ -51,10 +51,21 @@ def transformers_logits(folder: Path, ids: Tensor) -> Tensor:
     """ids [1, s] -> logits [1, s, v] fp32 of transformers' own model class; no code from the folder is run."""
     from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
+    from megatron_joy.convert.dequantised import open_folder
+
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model: Any
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
-    if config.pop("model_type") == "deepseek_v3":
+    quantised = config.get("quantization_config", {})
+    if "blockwise_int8" in quantised.values() or "int-quantized" in quantised.values():
+        # transformers has no name for SGLang's form, and of compressed-tensors' int8 it reads all but experts: it gets
+        # the dequantised weights.
+        weights = open_folder(folder, config)
+        state = {name: weights.read(name) for name in weights.shapes}
+        del config["quantization_config"], config["model_type"], options["local_files_only"]
+        kind = DeepseekV3Config.from_dict(config)
+        model = DeepseekV3ForCausalLM.from_pretrained(None, config=kind, state_dict=state, **options)
+    elif config.pop("model_type") == "deepseek_v3":
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
     else:
         # Another name for the same architecture, which only the serving engines know.

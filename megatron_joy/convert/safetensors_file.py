@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -16,7 +16,14 @@ from typing import IO
 import torch
 from torch import Tensor
 
-DTYPES: dict[str, tuple[str, torch.dtype]] = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16)}
+DTYPES: dict[str, tuple[str, torch.dtype]] = {
+    "fp32": ("F32", torch.float32),
+    "bf16": ("BF16", torch.bfloat16),
+    "fp8": ("F8_E4M3", torch.float8_e4m3fn),
+    "int8": ("I8", torch.int8),
+    "int32": ("I32", torch.int32),
+    "int64": ("I64", torch.int64),
+}
 _ALIGNMENT = 8
 
 
@@ -54,16 +61,29 @@ def aligned(entries: Sequence[Entry]) -> list[Entry]:
     return sorted(entries, key=lambda entry: -DTYPES[entry.dtype][1].itemsize)
 
 
-def write_file(path: Path, entries: Sequence[Entry], produce: Callable[[Entry], Tensor]) -> dict[str, str]:
-    """Writes the tensors in the given order, one in memory at a time; returns the SHA-256 of each one's bytes.
+def write_file(
+    path: Path, entries: Sequence[Entry], produce: Callable[[Entry], Mapping[str, Tensor]]
+) -> dict[str, str]:
+    """Writes the tensors, laid out in the given order; returns the SHA-256 of each one's bytes.
 
-    `produce` gives a tensor of exactly the entry's shape and dtype (ValueError otherwise).
+    `produce` is asked for the first tensor that is not there yet and gives it by name, of exactly the entry's shape and
+    dtype (ValueError otherwise), with whatever others of the file came of the same work (a weight and its scales).
     """
-    digests = {}
+    digests: dict[str, str] = {}
+    header = _header(entries)
+    place: dict[str, tuple[Entry, int]] = {}
+    end = len(header)
+    for entry in entries:
+        place[entry.name] = (entry, end)
+        end += entry.bytes
     with open(path, "wb") as stream:
-        stream.write(_header(entries))
+        stream.write(header)
         for entry in entries:
-            digests[entry.name] = _write_tensor(stream, entry, produce(entry))
+            if entry.name in digests:
+                continue
+            for name, tensor in produce(entry).items():
+                stream.seek(place[name][1])
+                digests[name] = _write_tensor(stream, place[name][0], tensor)
     return digests
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_joy.convert.dequantised import open_folder
 from megatron_joy.convert.hf_config import CONFIG, SpecialTokens, model_of, read_config
-from megatron_joy.convert.hf_folder import HFFolder
 from megatron_joy.convert.mapping import check_parameters, check_tensors, conversion_plan
 from megatron_joy.convert.source import TOKENIZER_JSON, TokenizerFolder, open_source, tokenizer_of
 from megatron_joy.convert.store import TensorStore
@@ -69,7 +69,7 @@ def open_weights(path: Path, tokenizer: Path | None = None) -> Iterator[Weights]
 def _hugging_face(path: Path, tokenizer: Path | None) -> Weights:
     config = read_config(path)
     model = model_of(config, path / CONFIG)
-    folder = HFFolder(path)
+    folder = open_folder(path, config)
     check_tensors(conversion_plan(model), folder.shapes, str(path))
     eos = config.get("eos_token_id")
     place = tokenizer or (path if (path / TOKENIZER_JSON).is_file() else None)

@@ -178,7 +178,11 @@ def test_a_config_of_more_layers_than_there_are_is_refused(folder: Path) -> None
         ({"scoring_func": "softmax"}, r'scoring_func is "softmax", expected "sigmoid"'),
         ({"q_lora_rank": None}, r"config\.json: q_lora_rank: field required"),
         ({"hidden_size": "40"}, r"config\.json: hidden_size: input should be a valid integer"),
-        ({"quantization_config": {"quant_method": "fp8"}}, r"weights are quantised \(fp8\); only BF16 and FP32"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            r"weights are quantised \(gptq\); expected fp8, blockwise_int8",
+        ),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"weight_block_size is None; expected two whole numbers"),
     ],
 )
 def test_another_architecture_is_refused_by_its_key(folder: Path, changes: dict[str, object], match: str) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from megatron_joy.convert import to_hf as to_hf_room
 from megatron_joy.convert import verify as room
+from megatron_joy.convert.precisions.table import PRECISIONS
 from megatron_joy.convert.progress import silent
 from megatron_joy.convert.safetensors_file import Entry, write_file
 from megatron_joy.convert.to_hf import ExportOptions, to_hf
@@ -101,7 +102,15 @@ def test_a_tensor_written_from_another_place_is_found(exported: Path, reference:
     expert = "model.layers.1.mlp.experts.0."
     swapped = tensors | {expert + "gate_proj.weight": tensors[expert + "up_proj.weight"]}
     written = room.Written(
-        exported, reference.checkpoint, conversion_plan(make_recipe().model), "fp32", swapped.__getitem__, digests
+        folder=exported,
+        checkpoint=reference.checkpoint,
+        plan=conversion_plan(make_recipe().model),
+        precision=PRECISIONS["fp32"],
+        original=swapped.__getitem__,
+        stored=lambda name: {name: swapped[name]},
+        weight_of={name: name for name in tensors},
+        quantised=frozenset(),
+        digests=digests,
     )
     with pytest.raises(WorkError, match=r"experts\.0\.gate_proj\.weight on disk is not the checkpoint's"):
         room.verify_tensors(written, silent)
@@ -120,4 +129,4 @@ def test_a_model_too_large_for_memory_is_verified_by_its_bits_alone(
 
 def test_a_file_holds_what_the_header_says_and_only_that(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a: \[2\] torch\.float32, expected"):
-        write_file(tmp_path / "x.safetensors", [Entry("a", "fp32", (3,))], lambda entry: torch.zeros(2))
+        write_file(tmp_path / "x.safetensors", [Entry("a", "fp32", (3,))], lambda entry: {"a": torch.zeros(2)})
