@@ -49,8 +49,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     mask = None
     if ql != kl:
         mask = torch.ones(ql, kl, dtype=torch.bool, device=q.device).tril(kl - ql)
+    width = v.shape[-1]
+    if v.device.type == "cpu":
+        # torch's CPU kernel goes block by block only where all widths are equal; else all scores are in memory at once.
+        widest = max(width, q.shape[-1])
+        q, k, v = (F.pad(x, (0, widest - x.shape[-1])) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
-    return out.squeeze(0).transpose(0, 1)
+    return out[..., :width].squeeze(0).transpose(0, 1)
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, borders: Sequence[int], scale: float) -> Tensor:
