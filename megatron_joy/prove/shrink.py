@@ -65,6 +65,7 @@ class Shrunk:
 
 WIDTH = "width"
 SHORT = "a short run"
+LEAST_EPSILON = 1e-6
 TOO_MANY = "fewer processes"
 TOO_HEAVY = "too many expert weights for a small run"
 
@@ -207,9 +208,15 @@ def _train(recipe: Recipe, steps: int) -> Any:
 
 
 def _optimizer(recipe: Recipe) -> Any:
-    """In fp32 as the rest: bf16 in Newton-Schulz makes a rounding error of the gradient one of the update's size."""
-    on_muon = recipe.optimizer.name == "muon"
-    return recipe.optimizer.model_copy(update={"muon_dtype": "fp32"}) if on_muon else recipe.optimizer
+    """In fp32 as the rest, and with an epsilon above the rounding of small gradients.
+
+    bf16 in Newton-Schulz makes a rounding error of the gradient one of the update's size. So does AdamW where an
+    element's gradient is itself rounding (the embeddings of rare tokens, near 1e-9): it divides by its size.
+    """
+    changes: dict[str, Any] = {"eps": max(recipe.optimizer.eps, LEAST_EPSILON)}
+    if recipe.optimizer.name == "muon":
+        changes["muon_dtype"] = "fp32"
+    return recipe.optimizer.model_copy(update=changes)
 
 
 def _schedule(recipe: Recipe, steps: int) -> Any:
@@ -234,6 +241,7 @@ COMPARED: dict[str, str] = {
     "schedule.decay_steps": SHORT,
     "precision.params_dtype": SHORT,
     "optimizer.muon_dtype": SHORT,
+    "optimizer.eps": SHORT,
 }
 
 
