@@ -47,8 +47,13 @@ class Past:
                 )
 
     def load(self, run: Run, trainer: Trainer) -> None:
-        """Puts weights, optimizer state and progress in place."""
-        if self.checkpoint is not None:
+        """Puts weights, optimizer state and progress in place; imported weights start with a fresh optimizer."""
+        if self.checkpoint is None:
+            return
+        if "imported" in self.checkpoint.state:
+            load_checkpoint(self.checkpoint, chunks=trainer.chunks, optimizer=None, process=run.process)
+            trainer.optimizer.reload_model_params()  # its fp32 copies
+        else:
             state = load_checkpoint(
                 self.checkpoint, chunks=trainer.chunks, optimizer=trainer.optimizer, process=run.process
             )
