@@ -56,7 +56,9 @@ def test_rendered_commands_run_as_they_are(home: Path, tmp_path: Path, reference
     words = shlex.split(rendered[1])
     assert {"RANK=1", "WORLD_SIZE=2", "LOCAL_RANK=1", "MASTER_ADDR=127.0.0.1", "OMP_NUM_THREADS=1"} <= set(words)
     port = f"MASTER_PORT={local.free_port()}"  # the rendered one may be taken where tests run
-    script = " & ".join(re.sub(r"MASTER_PORT=\d+", port, line) for line in rendered) + " & wait -n && wait -n"
+    first, second = (re.sub(r"MASTER_PORT=\d+", port, line) for line in rendered)
+    # By number: `wait -n` knows nothing of a job that has ended before it is called.
+    script = f"{first} & one=$!; {second} & two=$!; wait $one && wait $two"
     done = subprocess.run(["bash", "-c", script], env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert numbers(read_lines(tmp_path / "run" / "metrics.jsonl")) == reference
