@@ -34,8 +34,8 @@ lint: $(STAMP) ## Check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(STAMP) ## Run every benchmark in benchmarks/
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+bench: data-demo ## Run every benchmark in benchmarks/ (hours; each runs by itself as well)
+	@for file in benchmarks/*.py benchmarks/data/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
 
 data-demo: $(STAMP) ## Run only the demo's data pipeline: text to tokens in data/demo
 	@$(BIN)/joy data run data_pipeline/pipelines/demo.toml

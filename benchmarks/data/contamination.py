@@ -13,13 +13,16 @@ import argparse
 import json
 import random
 import re
+import sys
 import time
-
-from corpus import environment_texts
+from pathlib import Path
 
 from data_pipeline.decontaminate.contamination import count_unrelated, judge, whitelist_of
 from data_pipeline.decontaminate.evaluation import index_items
 from data_pipeline.native.library import kernels
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from shared.corpus import environment_texts
 
 COMMON = "choose the one option that best answers the question and explain your answer in full sentences please"
 WORDS = re.compile(r"\w+")

@@ -9,6 +9,7 @@ shards, packing, labels, masks, positions and document borders (`make_batch`), r
 import argparse
 import hashlib
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,12 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import orjson
-from corpus import environment_texts
 
 from data_pipeline.run import run_pipeline
 from data_pipeline.tokenizer import package_folder
 from megatron_joy.data.shards import index_bytes
 from megatron_joy.data.verify import verify
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from shared.corpus import environment_texts
 
 
 def cpu_seconds(work: Callable[[], object], repeats: int = 1) -> float:

@@ -12,18 +12,21 @@ import argparse
 import json
 import random
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from corpus import environment_texts
 
 from data_pipeline.dedup.bands import BANDS, candidate_probability
 from data_pipeline.dedup.cluster import Settings, candidate_pairs, exact_jaccard
 from data_pipeline.dedup.minhash import GRAM, PERMUTATIONS, MinHash
 from data_pipeline.dedup.store import Store, open_part, write_part
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from shared.corpus import environment_texts
 
 WORDS = re.compile(r"\w+")
 TARGETS = (0.8, 0.85, 0.9, 0.95)

@@ -19,8 +19,10 @@ def _ticks(low: float, high: float, count: int = 6) -> list[float]:
     return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def line_chart(title: str, x_label: str, y_label: str, lines: Mapping[str, Points]) -> str:
-    """An SVG document with one line per entry, in its order."""
+def line_chart(
+    title: str, x_label: str, y_label: str, lines: Mapping[str, Points], threshold: float | None = None
+) -> str:
+    """An SVG document with one line per entry, in its order, and a dashed one upright at `threshold`."""
     xs = [x for points in lines.values() for x, _ in points]
     ys = [y for points in lines.values() for _, y in points]
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
@@ -52,6 +54,8 @@ def line_chart(title: str, x_label: str, y_label: str, lines: Mapping[str, Point
         parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
         parts.append(f'<path d="M{LEFT + width + 12} {row - 4}h18" stroke="{colour}" stroke-width="3"/>')
         parts.append(f'<text x="{LEFT + width + 36}" y="{row}">{escape(name)}</text>')
+    if threshold is not None:
+        parts.append(f'<path d="M{at(threshold, y0)[0]:.1f} {TOP}v{height}" stroke="black" stroke-dasharray="4 3"/>')
     return "\n".join([*parts, "</svg>", ""])
 
 

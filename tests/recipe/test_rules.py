@@ -94,9 +94,11 @@ def test_doing_what_the_line_says_mends_the_recipe(overrides: list[str]) -> None
     advice = refusal(overrides).rpartition("; ")[2]
     found = re.findall(r"([a-z_]+\.[a-z_.0-9]+) = (\[[0-9, ]+\]|[0-9.e-]+)", advice)
     if not found:
+        # In words, for a person: "set 16", "leave weight out".
+        assert re.match(r"(set|leave|keep) ", advice)
         return
     key, value = found[-1]
-    load_recipe(BASE, [*PLAIN, *overrides, f"{key}={value}"])
+    assert load_recipe(BASE, [*PLAIN, *overrides, f"{key}={value}"]).name == BASE
 
 
 MOOT = [

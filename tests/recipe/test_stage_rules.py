@@ -64,9 +64,10 @@ def test_a_broken_rule_is_one_line_with_rule_and_fix(overrides: list[str], rule:
 @pytest.mark.parametrize("overrides", [case[0] for case in CASES[:11]], ids=[case[0][-1] for case in CASES[:11]])
 def test_doing_what_the_line_says_mends_the_recipe(overrides: list[str]) -> None:
     advice = refusal(overrides).rpartition("; ")[2]
-    found = re.findall(r"([a-z_]+\.[a-z_.0-9]+) = ([0-9.e-]+)", advice)
-    if found:
-        load_recipe(BASE, [*overrides, "{}={}".format(*found[-1])])
+    if re.match(r"leave (it|steps) out", advice):
+        return
+    key, value = re.findall(r"([a-z_]+\.[a-z_.0-9]+) = ([0-9.e-]+)", advice)[-1]
+    assert load_recipe(BASE, [*overrides, f"{key}={value}"]).stages
 
 
 def test_all_mistakes_come_at_once() -> None:

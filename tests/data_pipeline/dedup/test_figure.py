@@ -8,17 +8,21 @@ import pytest
 from data_pipeline.dedup.bands import BANDS, candidate_probability
 from data_pipeline.dedup.minhash import PERMUTATIONS
 
-FIGURE = Path(__file__).parents[3] / "docs" / "dedup_bands.svg"
+FIGURE = Path(__file__).parents[3] / "docs" / "figures" / "dedup_bands.svg"
 
 
 def test_the_figure_shows_the_bands_in_use() -> None:
     text = FIGURE.read_text(encoding="utf-8")
     assert f">{BANDS} x {PERMUTATIONS // BANDS} (ours)<" in text
-    points = re.findall(r'<polyline points="([^"]*)"', text)[0].split()
-    assert len(points) == 201
-    for step, point in enumerate(points):
-        chance = 1 - (float(point.split(",")[1]) - 20) / 300
-        assert chance == pytest.approx(candidate_probability(0.5 + step / 400, BANDS, PERMUTATIONS // BANDS), abs=2e-4)
+    curves = [line.split("L") for line in re.findall(r'<path d="M([^"v]*)" fill="none"', text)]
+    assert [len(points) for points in curves] == [201] * 3
+    drawn = [[float(point.split()[1]) for point in points] for points in curves]
+    low, high = max(map(max, drawn)), min(map(min, drawn))  # y counts from the top: of the least chance, of the largest
+    cuts = ((BANDS, PERMUTATIONS // BANDS), (9, 14), (8, 16))
+    chances = [[candidate_probability(0.5 + step / 400, *cut) for step in range(201)] for cut in cuts]
+    least, largest = min(map(min, chances)), max(map(max, chances))
+    for y, chance in zip(drawn[0], chances[0], strict=True):
+        assert least + (low - y) / (low - high) * (largest - least) == pytest.approx(chance, abs=2e-4)
 
 
 def test_values_of_the_curve_from_its_formula() -> None:

@@ -1,6 +1,6 @@
 """Text to shards against its limits, in one run: tokens per CPU second of ours, of raw gigatoken, of Hugging Face.
 
-    python benchmarks/text_to_shards.py [--megabytes 200] [--tokenizer FOLDER|deepseek] [--random-words] [--json]
+    python benchmarks/data/text_to_shards.py [--megabytes 200] [--tokenizer FOLDER|deepseek] [--random-words] [--json]
 
 The corpus is the Python environment's own text as JSONL, above 220 MB repeated with small changes. Each contender runs
 in its own process; CPU time is user + system of that process and its children. Start-up (imports, tokenizers) is
@@ -24,8 +24,10 @@ from pathlib import Path
 
 import orjson
 
-from data_pipeline.environment import environment_files
 from data_pipeline.tokenizer import package_folder
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from shared.corpus import environment_texts
 
 DEEPSEEK = "deepseek"
 SLICE = 10.0  # megabytes for the Hugging Face library: it needs about a second for each
@@ -52,21 +54,10 @@ class Result:
 
 
 def write_corpus(path: Path, megabytes: float) -> None:
-    """Real text as JSONL; each repetition has its number in it, so that no document is a duplicate."""
-    parts = ("package_documentation", "standard_library", "package_sources")
-    texts = [Path(file.location).read_bytes() for part in parts for file in environment_files(part)]
-    room = int(megabytes * 1e6)
+    """Real text as JSONL."""
     with open(path, "wb") as stream:
-        for repetition in range(1000):
-            for content in texts:
-                text = content.decode("utf-8", "replace")
-                if not text.strip():
-                    continue
-                line = orjson.dumps({"text": f"{text}\n{repetition}"}) + b"\n"
-                stream.write(line)
-                room -= len(line)
-                if room <= 0:
-                    return
+        for content in environment_texts(megabytes):
+            stream.write(orjson.dumps({"text": content.decode()}) + b"\n")
 
 
 def write_random_words(path: Path, megabytes: float) -> None:
