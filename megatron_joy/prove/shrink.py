@@ -123,7 +123,8 @@ def _smallest_prime(number: int) -> int:
 
 
 def _smaller_degree(layout: LayoutSection, layers: int) -> LayoutSection:
-    keys = (*SHRINKING_KEYS, "pipeline_model_parallel_size")
+    # ETP comes last: it takes no ranks of its own, but replicas that hold its parts can't go before it does.
+    keys = (*SHRINKING_KEYS, "pipeline_model_parallel_size", "expert_tensor_parallel_size")
     key = max(keys, key=lambda key: getattr(layout, key))
     degree = getattr(layout, key)
     factor = _smallest_prime(degree)

@@ -83,6 +83,7 @@ def saved_by_one_pass(recipe: Recipe) -> int:
 
 def counted_flops(recipe: Recipe) -> int:
     """FLOPs of forward and backward pass of one row without borders, by torch's own counter."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     from megatron_joy.model.build import build_model
@@ -92,7 +93,8 @@ def counted_flops(recipe: Recipe) -> int:
 
     process = processes.start(recipe.layout, recipe.seed)
     (model,) = build_model(recipe, process)
-    with FlopCounterMode(display=False) as counter:
+    # As plain products: which fused attention kernels the counter knows, and how, differs between versions of torch.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         output, loss = forward_step(process, True, iter([MicroBatch(batch([row([], 1)]), 1.0)]), model)
         loss(output)[0].backward()
     return int(counter.get_total_flops())

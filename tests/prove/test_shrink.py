@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_joy.model.pattern import layer_symbols, pipeline_cuts
@@ -85,6 +85,7 @@ degrees = st.sampled_from([1, 1, 2, 3, 4, 8])
 @given(
     degrees, degrees, st.sampled_from([1, 2]), degrees, degrees, st.sampled_from([1, 2]), degrees, st.integers(1, 40)
 )
+@example(1, 1, 1, 1, 1, 2, 1, 1)  # nothing but replicas and parts of experts
 def test_any_layout_fits_any_number_of_processes(
     tp: int, pp: int, vpp: int, cp: int, ep: int, etp: int, dp: int, processes: int
 ) -> None:
