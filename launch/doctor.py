@@ -227,10 +227,10 @@ def package_finding(requirement: Requirement, group: str, *, needed: bool) -> Fi
 
 
 def cluster_findings(machine: Machine) -> Iterator[Finding]:
-    """Slurm and MPI: needed only to launch with them."""
+    """Slurm and MPI: needed only where they start the ranks."""
     del machine
     slurm = first_line(["sbatch", "--version"])
-    advice = "only for `joy launch slurm`, on a cluster's login node; --render works without"
+    advice = "only on a cluster, where srun can start `joy pretrain`; there is no `joy launch slurm` yet"
     yield Finding(
         "cluster", "Slurm", "ok" if slurm else "missing", slurm or "no sbatch", False, "" if slurm else advice
     )
@@ -238,7 +238,7 @@ def cluster_findings(machine: Machine) -> Iterator[Finding]:
     command = shutil.which("mpiexec") or shutil.which("mpirun")
     whole = binding is not None and command is not None
     found = f"mpi4py {binding or 'none'}, {command or 'no mpiexec'}"
-    advice = "" if whole else "only for `joy launch mpi`: pip install -e '.[mpi]'"
+    advice = "" if whole else "only where mpiexec starts `joy pretrain`: pip install -e '.[mpi]'"
     yield Finding("cluster", "MPI", "ok" if whole else "missing", found, False, advice)
 
 

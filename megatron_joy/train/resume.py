@@ -70,7 +70,7 @@ def look_back(run: Run) -> Past:
     if checkpoint is None:
         run.ledger = begin(run.recipe)
         return Past(None, choice.notes)
-    # Weights alone have none; loading refuses them in its own words.
+    # Imported weights have none: the run begins with them. Other weights alone are refused when they are loaded.
     state, done = checkpoint.state, checkpoint.marker.step
     if "ledger" not in state:
         run.ledger = begin(run.recipe)
