@@ -1,6 +1,15 @@
-"""What every test shares: `gpu` tests need a CUDA device and say so where there is none."""
+"""What every test shares: `gpu` tests need a CUDA device and say so where there is none; CI draws the same examples."""
 
+import os
+
+import hypothesis
 import pytest
+
+# Property tests look for new counterexamples where a person is there to read them. Under CI the same commit must give
+# the same verdict twice, so what a search has found becomes an example of its test.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,7 +5,7 @@ ligatures and composed letters thus make no difference. What comes out is of one
   word       letters, marks, digits and `_`: runs of them are words;
   alone      letters, marks and digits of scripts that write without spaces (Han, kana, Thai, Lao, Tibetan, Burmese,
              Khmer): each is a word by itself;
-  ignored    format characters and variation selectors: as if they were not there;
+  ignored    format characters, variation selectors and plane 14's tags: as if they were not there;
   separator  all else.
 JoyAI-LLM Flash's report leaves the unit open (section 2.3.1 says 7-gram); this is the usual choice for English and
 Chinese.
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 SEPARATOR, WORD, ALONE, IGNORED, SEQUENCE = range(5)
 KIND_SHIFT = 28
-POINTS = 0x30000  # planes 0 to 2; above them only plane 3 has text, rare Han, and the kernel knows it
+POINTS = 0x30000  # planes 0 to 2; of those above, the kernel knows that 3 has rare Han and 14 what is ignored
 SURROGATES = range(0xD800, 0xE000)
 # First and last code point of scripts that write without spaces, by Unicode block.
 UNSPACED = (

@@ -91,8 +91,9 @@ static inline uint32_t decode(const uint8_t **at) {
 
 static inline void add_point(Shingler *s, uint32_t point, const uint32_t *table, uint32_t points, const uint32_t *pool) {
     if (point >= points) {
-        /* Planes above the table: plane 3 holds rare ideographs, nothing else is text. */
-        add_symbol(s, point < 0x40000 ? (uint32_t)ALONE << 28 | point : 0);
+        /* Planes above the table: 3 holds rare ideographs, 14 tags and variation selectors, the rest no text. */
+        uint32_t above = point < 0x40000 ? ALONE : point - 0xE0000u < 0x1000u ? IGNORED : SEPARATOR;
+        add_symbol(s, above << 28 | point);
         return;
     }
     uint32_t entry = table[point];

@@ -20,7 +20,7 @@ def folded(text: str) -> Iterator[tuple[str, str]]:
         for part in unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", character).casefold()):
             category, point = unicodedata.category(part), ord(part)
             unspaced = any(point in points for points in UNSPACED)
-            if category == "Cf" or 0xFE00 <= point <= 0xFE0F:
+            if category == "Cf" or 0xFE00 <= point <= 0xFE0F or 0xE0000 <= point <= 0xE0FFF:
                 continue
             if any(point in points for points in HAN):
                 yield "alone", part
