@@ -1,10 +1,9 @@
 """What a layout needs before it is launched: memory of every pipeline stage by kind, whether it fits, days and cost."""
 
-from dataclasses import dataclass
 from typing import Any
 
-from megatron_joy.errors import UserError
 from megatron_joy.parallel import activations, flops
+from megatron_joy.parallel.gpus import Gpu, gpu_named
 from megatron_joy.parallel.states import exact, stage_states
 from megatron_joy.recipe.schema import Recipe
 from megatron_joy.recipe.timetable import Timetable
@@ -12,30 +11,6 @@ from megatron_joy.recipe.timetable import Timetable
 GIB = 2**30
 DAY = 86_400.0  # seconds
 SPARE = 0.05  # of a GPU's memory; less is called tight: allocator, NCCL and CUDA context want some
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Vendor's figures: memory in bytes, dense bf16 FLOP/s."""
-
-    memory: float
-    bf16: float
-    source: str
-
-
-GPUS = {
-    "a100-80g": Gpu(80e9, 312e12, "NVIDIA A100 datasheet (SXM)"),
-    "h100-80g": Gpu(80e9, 989.4e12, "NVIDIA H100 datasheet (SXM), without sparsity"),
-    "h200-141g": Gpu(141e9, 989.4e12, "NVIDIA H200 datasheet (SXM), without sparsity"),
-    "b200-180g": Gpu(180e9, 2250e12, "NVIDIA HGX B200 at 1,000 W, without sparsity"),
-}
-
-
-def gpu_named(name: str) -> Gpu:
-    """A row of GPUS; UserError for another name."""
-    if name not in GPUS:
-        raise UserError(f"--gpu {name}: not in the table of GPUs; known are {', '.join(GPUS)}")
-    return GPUS[name]
 
 
 def _at(recipe: Recipe, length: int, micro: int, batch: int) -> Recipe:

@@ -15,6 +15,7 @@ from rich.table import Table
 from launch import plan as launch_plan
 from megatron_joy.data.manifest import load_manifest, manifest_path
 from megatron_joy.errors import UserError
+from megatron_joy.parallel.gpus import gpu_named
 from megatron_joy.recipe import Recipe, load_recipe
 from megatron_joy.recipe.timetable import Stage, Timetable
 from megatron_joy.report import text
@@ -33,7 +34,7 @@ def command(
 
     Example: joy plan joyai_48b_a3b --gpus 512 --gpu h100-80g
     """
-    device, loaded = launch_plan.gpu_named(gpu), load_recipe(recipe, overrides or ())
+    device, loaded = gpu_named(gpu), load_recipe(recipe, overrides or ())
     if gpus is not None:
         loaded = load_recipe(recipe, [*(overrides or ()), _replicas(loaded, gpus)])
     plan = schedule_plan(loaded) | {

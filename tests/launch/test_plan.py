@@ -2,8 +2,9 @@
 
 import pytest
 
-from launch.plan import GPUS, fits, gpu_named, memory_plan
+from launch.plan import fits, memory_plan
 from megatron_joy.errors import UserError
+from megatron_joy.parallel.gpus import GPUS, gpu_named
 from megatron_joy.recipe import load_recipe
 
 
