@@ -9,6 +9,8 @@ kept, what it touches is made again.
 """
 
 import hashlib
+import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -165,6 +167,23 @@ def load_plan(pipeline: Pipeline) -> Plan:
     return plan
 
 
+class Stopwatch:
+    """What a task costs, from here on. `joy plan --data` extrapolates from it; no file's bytes depend on it."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.monotonic(), self._cpu_seconds()
+
+    @staticmethod
+    def _cpu_seconds() -> float:
+        """User and system time of this process and of those it has waited for."""
+        return sum(os.times()[:4])
+
+    def cost(self, bytes_written: int) -> dict[str, float]:
+        """Seconds by the clock, seconds of CPU, bytes written."""
+        wall, cpu = time.monotonic() - self._wall, self._cpu_seconds() - self._cpu
+        return {"wall_seconds": round(wall, 4), "cpu_seconds": round(cpu, 4), "bytes_written": bytes_written}
+
+
 class Engine:
     """Knows which tasks there are, which are done, and how to do one. Holds no state that is not on disk."""
 
@@ -225,6 +244,7 @@ class Engine:
         done = self.record(stage, shard)
         if done is not None:
             return done
+        stopwatch = Stopwatch()
         result = self.stages[stage].run(self.job, shard)
         record = {
             "stage": stage,
@@ -232,6 +252,7 @@ class Engine:
             "fingerprint": self.fingerprints[stage],
             "files": [asdict(file) for file in result.files],
             "statistics": result.statistics,
+            "cost": stopwatch.cost(sum(file.bytes for file in result.files)),
         }
         write_atomically(self.job.record_path(stage, shard), orjson.dumps(record, option=orjson.OPT_INDENT_2))
         return record

@@ -8,13 +8,10 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from megatron_joy.errors import UserError, WorkError
+from data_pipeline.pool import ATTEMPTS, Answer, raise_failure
 
-ATTEMPTS = 3  # a worker that dies (killed, out of memory) is replaced and its task tried again
 RESIDENT_LIMIT = 1_500_000_000  # bytes after which an idle worker is replaced by a fresh one
-Answer = dict[str, Any]
 
 
 class Worker:
@@ -78,10 +75,7 @@ class LocalPool:
         self._pool = [Worker(command) for _ in range(self.workers)]
 
     def run(self, stage: str, shards: Sequence[int], on_done: Callable[[Answer], None]) -> None:
-        """Do these tasks; `on_done` is called in this thread for each. The first error ends the stage.
-
-        Raises UserError or WorkError as the task did, WorkError when workers keep dying of it.
-        """
+        """As Pool.run."""
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
         answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
         for shard in shards:
@@ -109,7 +103,7 @@ class LocalPool:
         for thread in threads:
             thread.join()
         if failed is not None:
-            raise (UserError if failed["kind"] == "user" else WorkError)(failed["message"])
+            raise_failure(failed)
 
     def close(self, kill: bool = False) -> None:
         """End all workers."""
@@ -130,13 +124,13 @@ def _drive(
             shard = waiting.get_nowait()
         except queue.Empty:
             return
-        answers.put(_ask_patiently(worker, stage, shard, stop))
+        answers.put(ask_patiently(worker, stage, shard, stop.is_set))
 
 
-def _ask_patiently(worker: Worker, stage: str, shard: int, stop: threading.Event) -> Answer:
-    """The answer for one task; a worker that dies of it is replaced a few times."""
+def ask_patiently(worker: Worker, stage: str, shard: int, stopped: Callable[[], bool] = lambda: False) -> Answer:
+    """The answer for one task; a worker that dies of it is replaced a few times, unless `stopped` says so."""
     code = attempts = 0
-    while attempts < ATTEMPTS and not stop.is_set():
+    while attempts < ATTEMPTS and not stopped():
         attempts += 1
         answer = worker.ask(stage, shard)
         if answer is not None:

@@ -21,11 +21,12 @@ from data_pipeline.engine import (
 )
 from data_pipeline.finish import tidy, unpublish
 from data_pipeline.local import LocalPool
+from data_pipeline.pool import Pool
 from data_pipeline.stages import STAGES
 from megatron_joy.errors import UserError, WorkError
 
-EXECUTORS = ("local",)
-LATER_EXECUTORS = ("slurm", "mpi", "ray")
+EXECUTORS = ("local", "mpi", "ray")
+LATER_EXECUTORS = ("slurm",)
 Progress = Callable[[str, int, int], None]
 
 
@@ -88,20 +89,67 @@ def run_pipeline(
     anything is published, for what is wrong with the pipeline or its inputs; WorkError when the work fails.
     """
     check_executor(executor)
-    if workers is not None and workers < 1:
+    # The workers come first: under MPI they run already, and must hear of it when something here is wrong.
+    with _open_pool(executor, name_or_path, overrides, workers) as pool:
+        _check_workers(executor, workers)
+        pipeline = load_pipeline(name_or_path, overrides)
+        check_owner(pipeline)
+        job = Job(pipeline, make_plan(pipeline))
+        with sole_run(pipeline.folder):
+            try:
+                return _finish_job(job, pool, on_progress)
+            except OSError as error:
+                where = error.filename or pipeline.folder
+                raise WorkError(f"{where}: {error.strerror}; mend it and run again") from None
+
+
+@contextmanager
+def _open_pool(executor: str, pipeline: str, overrides: Sequence[str], workers: int | None) -> Iterator[Pool]:
+    """The executor's workers, ended with the block: at once when it fails."""
+    pool = _make_pool(executor, pipeline, overrides, workers)
+    try:
+        yield pool
+    except BaseException:
+        pool.close(kill=True)
+        raise
+    pool.close()
+
+
+def _check_workers(executor: str, workers: int | None) -> None:
+    if workers is None:
+        return
+    if workers < 1:
         raise UserError(f"--workers {workers}: expects 1 or more")
-    pipeline = load_pipeline(name_or_path, overrides)
-    check_owner(pipeline)
-    job = Job(pipeline, make_plan(pipeline))
-    pool = LocalPool(name_or_path, overrides, workers or available_cpus())
-    with sole_run(pipeline.folder):
-        try:
-            return _finish_job(job, pool, on_progress)
-        except OSError as error:
-            raise WorkError(f"{error.filename or pipeline.folder}: {error.strerror}; mend it and run again") from None
+    if executor == "mpi":
+        raise UserError("--workers: has no effect with --executor mpi, whose workers mpiexec starts; remove it")
 
 
-def _finish_job(job: Job, pool: LocalPool, on_progress: Progress) -> Outcome:
+def _make_pool(executor: str, pipeline: str, overrides: Sequence[str], workers: int | None) -> Pool:
+    if executor == "mpi":
+        from data_pipeline.mpi import MpiPool, world
+
+        return MpiPool(world())
+    if executor == "ray":
+        from data_pipeline.ray_pool import RayPool
+
+        return RayPool(pipeline, overrides, workers)
+    return LocalPool(pipeline, overrides, workers or available_cpus())
+
+
+def serve_as_rank(pipeline: str, overrides: Sequence[str]) -> bool:
+    """Under `--executor mpi`: on every rank but 0 do tasks until there are no more, and say so; False on rank 0.
+
+    Raises UserError where there is no world of several ranks.
+    """
+    from data_pipeline.mpi import serve, world
+
+    comm = world()
+    if comm.rank:
+        serve(comm, pipeline, overrides)
+    return bool(comm.rank)
+
+
+def _finish_job(job: Job, pool: Pool, on_progress: Progress) -> Outcome:
     """Do what is left of a planned job."""
     save_plan(job.pipeline, job.plan)
     engine = Engine(job, STAGES)
@@ -116,26 +164,17 @@ def _finish_job(job: Job, pool: LocalPool, on_progress: Progress) -> Outcome:
     return Outcome(job.pipeline, done, total - done, finish["notes"], finish["checked"])
 
 
-def _run_stages(engine: Engine, left: list[tuple[str, list[int]]], pool: LocalPool, on_progress: Progress) -> int:
+def _run_stages(engine: Engine, left: list[tuple[str, list[int]]], pool: Pool, on_progress: Progress) -> int:
     """Run what is left, stage by stage; returns how many tasks that were."""
-    finished = 0
-    try:
-        for stage, shards in left:
-            purpose = engine.stages[stage].purpose
-            total = engine.stages[stage].shards(engine.job)
-            state = [total - len(shards)]
+    for stage, shards in left:
+        purpose = engine.stages[stage].purpose
+        total = engine.stages[stage].shards(engine.job)
+        state = [total - len(shards)]
+        on_progress(purpose, state[0], total)
+
+        def count(answer: dict[str, Any], purpose: str = purpose, total: int = total, state: list[int] = state) -> None:
+            state[0] += 1
             on_progress(purpose, state[0], total)
 
-            def count(
-                answer: dict[str, Any], purpose: str = purpose, total: int = total, state: list[int] = state
-            ) -> None:
-                state[0] += 1
-                on_progress(purpose, state[0], total)
-
-            pool.run(stage, shards, count)
-            finished += len(shards)
-    except BaseException:
-        pool.close(kill=True)
-        raise
-    pool.close()
-    return finished
+        pool.run(stage, shards, count)
+    return sum(len(shards) for _, shards in left)

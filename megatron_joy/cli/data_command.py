@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from data_pipeline.run import EXECUTORS, LATER_EXECUTORS, Outcome, available_cpus, run_pipeline
+from data_pipeline.run import EXECUTORS, LATER_EXECUTORS, Outcome, available_cpus, run_pipeline, serve_as_rank
 from megatron_joy.data.inspect import SetReport, document_report, report_set
 from megatron_joy.data.manifest import load_manifest
 from megatron_joy.data.verify import Verification, shard_sets, verify
@@ -68,6 +68,8 @@ def run_command(
     as_json: Json = False,
 ) -> None:
     """Run a pipeline, or go on where a killed run stopped. Whatever the workers, the shards have the same bytes."""
+    if executor == "mpi" and serve_as_rank(pipeline, overrides or ()):
+        return
     with _stage_bars() as bars:
         outcome = run_pipeline(pipeline, overrides or (), executor, workers, bars)
     for note in outcome.notes:

@@ -381,7 +381,7 @@ def test_two_runs_do_not_write_into_one_folder(corpus: Path, tmp_path: Path) -> 
     ("executor", "workers", "says"),
     [
         ("slurm", None, "not available; --executor local"),
-        ("spark", None, "available: local"),
+        ("spark", None, "available: local, mpi, ray"),
         ("local", 0, "1 or more"),
     ],
 )
