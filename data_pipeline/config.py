@@ -11,6 +11,8 @@ import orjson
 from pydantic import Field, ValidationError
 
 from data_pipeline.dedup.minhash import PERMUTATIONS
+from data_pipeline.transform.base import TransformSection
+from data_pipeline.transform.registry import KINDS, AnyTransform
 from megatron_joy.errors import UserError
 from megatron_joy.recipe.dump import format_value
 from megatron_joy.recipe.fields import section_of, type_text
@@ -109,6 +111,9 @@ class Pipeline(Section):
     seed: NonNegativeInt = Field(1234, description="Order of documents follows from it; the split does not.")
     max_document_megabytes: PositiveFloat = Field(64.0, description="Longer records are put aside as too_large.")
     sources: list[SourceSection] = Field(min_length=1, description="What is read, in order of precedence.")
+    transforms: list[AnyTransform] = Field(
+        default_factory=list, description="What happens to each document after reading, in order (docs/cleaning.md)."
+    )
     tokenizer: TokenizerSection
     encode: EncodeSection = Field(default_factory=EncodeSection)
     near_duplicates: NearDuplicatesSection = Field(default_factory=NearDuplicatesSection)
@@ -155,8 +160,10 @@ def _read(name_or_path: str) -> tuple[str, dict[str, Any]]:
         raise UserError(f"pipeline {name_or_path}: not TOML, {error}; mend the syntax there") from None
 
 
-def _model_at(path: Sequence[str | int]) -> type[Section]:
+def _model_at(path: Sequence[str | int], table: Any) -> type[Section]:
     """The section that a path of keys leads to."""
+    if path[:1] == ("transforms",) and len(path) > 1:
+        return KINDS.get(_value_at(table, path[:2]).get("kind"), TransformSection)
     model: type[Section] = Pipeline
     for part in path:
         found = None if isinstance(part, int) else section_of(model.model_fields[part].annotation)
@@ -173,9 +180,16 @@ def _value_at(table: Any, path: Sequence[str | int]) -> Any:
 def _describe(complaint: Mapping[str, Any], table: dict[str, Any]) -> str:
     """One line about one of pydantic's complaints: key, value, rule, fix."""
     path: tuple[str | int, ...] = complaint["loc"]
+    if complaint["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        key, found = ".".join(map(str, (*path, "kind"))), _value_at(table, path).get("kind")
+        nearest = difflib.get_close_matches(str(found), KINDS, n=1, cutoff=0.5)
+        near = f"; the nearest is {nearest[0]}" if nearest else ""
+        return f"{key} = {format_value(found or '')}: expects one of {', '.join(sorted(KINDS))}{near}"
+    # pydantic puts the kind of a transform into its place.
+    path = (*path[:2], *path[3:]) if path[0] == "transforms" and len(path) > 2 else path
     key = ".".join(map(str, path))
     *parents, last = path
-    fields = _model_at(parents).model_fields
+    fields = _model_at(tuple(parents), table).model_fields
     if complaint["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(last), fields, n=1, cutoff=0.0)[0]
         above = "".join(f"{part}." for part in parents)
@@ -235,6 +249,21 @@ def _decontaminate_problems(section: DecontaminateSection) -> Iterator[str]:
             yield f"decontaminate.{dead}: has no effect without decontaminate.enabled = true; set that"
 
 
+def _transform_problems(pipeline: Pipeline) -> Iterator[str]:
+    labels = [section.label for section in pipeline.transforms]
+    known = [source.name for source in pipeline.sources]
+    for number, section in enumerate(pipeline.transforms):
+        key = f"transforms.{number}"
+        if section.label in labels[:number]:
+            other = labels.index(section.label)
+            yield f"{key}.name: transforms.{other} is called {section.label!r} too; give one of them another name"
+        for name in section.sources:
+            if name not in known:
+                yield f"{key}.sources: no source is called {format_value(name)}; there are {', '.join(known)}"
+        for problem in section.problems():
+            yield f"{key}.{problem}"
+
+
 def problems_between(pipeline: Pipeline) -> list[str]:
     """What is wrong with keys together, one line each."""
     problems = [*_source_problems(pipeline), *_tokenizer_problems(pipeline.tokenizer)]
@@ -244,6 +273,7 @@ def problems_between(pipeline: Pipeline) -> list[str]:
             problems.append(f'encode.{dead}: has no effect with engine = "huggingface"; remove it')
     return [
         *problems,
+        *_transform_problems(pipeline),
         *_near_duplicate_problems(pipeline.near_duplicates),
         *_decontaminate_problems(pipeline.decontaminate),
     ]

@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from data_pipeline.dedup.stage import SIGNATURES
 from data_pipeline.engine import WORK, Job, OutputFile, TaskResult, statistics_of
+from data_pipeline.read import QUARANTINE, SAMPLES_FILE
 from data_pipeline.spool import SPLITS
 from data_pipeline.tokenizer import COPIED_FILES
+from data_pipeline.transform.chain import account_problems, merge_samples
+from data_pipeline.write import UNKNOWN
 from megatron_joy import __version__
 from megatron_joy.data.atomic import atomic_file, write_atomically
 from megatron_joy.data.manifest import (
@@ -31,7 +35,6 @@ from megatron_joy.errors import WorkError
 
 OTHER_SPLIT = {"train": "validation_split", "validation": "training_split"}
 SHARD_FILE = re.compile(r"shard_\d{5,}\.(bin|idx|documents\.jsonl\.zst)")
-QUARANTINE = "quarantine.jsonl"
 
 
 def close_accounts(reads: list[dict[str, Any]], writes: list[dict[str, Any]]) -> tuple[int, Counter[str]]:
@@ -47,6 +50,16 @@ def close_accounts(reads: list[dict[str, Any]], writes: list[dict[str, Any]]) ->
                 raise WorkError(
                     f"accounts of source {name}: {source['records']} records in, {source['documents']} documents out "
                     f"and {sum(source['dropped'].values())} dropped; this is a bug, the shards are not published"
+                )
+            given = source["read"]
+            stages = source["transforms"]
+            problems = account_problems(given["documents"], given["bytes_text"], stages)
+            left = (stages[-1]["documents_out"], stages[-1]["bytes_out"]) if stages else tuple(given.values())
+            if left != (source["documents"], source["bytes_text"]):
+                problems.append(f"{left[0]} documents left the transforms, {source['documents']} were passed on")
+            if problems:
+                raise WorkError(
+                    f"accounts of source {name}: {'; '.join(problems)}; this is a bug, the shards are not published"
                 )
             records += source["records"]
             documents += source["documents"]
@@ -92,6 +105,8 @@ def _manifest(job: Job, split: str, writes: list[dict[str, Any]], records: int, 
     )
     reasons = dict(sorted(dropped.items())) | ({OTHER_SPLIT[split]: elsewhere} if elsewhere else {})
     names = [source.name for source in job.pipeline.sources]
+    languages = sorted({name for number in own for name in writes[number]["languages"]} - {UNKNOWN})
+    names_of = [item for number in own for item in writes[number]["languages"].items()]
     totals = _totals([part for _, part in parts])
     return Manifest(
         source=job.pipeline.name,
@@ -101,6 +116,10 @@ def _manifest(job: Job, split: str, writes: list[dict[str, Any]], records: int, 
         totals=totals,
         accounts=Accounts(documents_in=records, documents_out=totals.documents, dropped=reasons),
         sources={name: _totals([part for owner, part in parts if owner == name]) for name in names},
+        languages={
+            name: _totals([part for owner, part in names_of if owner == name])
+            for name in ([*languages, UNKNOWN] if languages else [])
+        },
         unigram_entropy=unigram_entropy(_token_counts(job, own, identity)),
         shards=[ShardEntry(**writes[number]["shard"]) for number in own],
         provenance=Provenance(
@@ -135,6 +154,19 @@ def _gather_quarantine(job: Job) -> Path:
     return path
 
 
+def _gather_samples(job: Job) -> Path:
+    """A few documents of each transform and reason that went, over all tasks."""
+    path = job.folder / SAMPLES_FILE
+
+    def part(shard: int) -> list[dict[str, Any]]:
+        content = (job.task_folder("read", shard) / SAMPLES_FILE).read_bytes()
+        return [orjson.loads(line) for line in content.splitlines()]
+
+    rows = merge_samples(part(shard) for shard in range(len(job.plan.tasks)))
+    write_atomically(path, b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    return path
+
+
 def _shard_files(task: dict[str, Any]) -> list[OutputFile]:
     """The published files of a shard: a run is only whole while they are there."""
     entry = ShardEntry(**task["shard"])
@@ -150,7 +182,7 @@ def finish_task(job: Job, shard: int) -> TaskResult:
     reads = statistics_of(job, "read", len(job.plan.tasks))
     writes = statistics_of(job, "write", job.plan.buckets.total)
     records, dropped = close_accounts(reads, writes)
-    files = [_gather_quarantine(job)]
+    files = [_gather_quarantine(job), _gather_samples(job)]
     for split in SPLITS:
         if any(task["split"] == split for task in writes):
             files += _publish(job, _manifest(job, split, writes, records, dropped))

@@ -24,11 +24,12 @@ BROKEN_STREAM = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """text: UTF-8, not blank; offset: first byte of its record in the decompressed file."""
+    """text: UTF-8, not blank; offset: first byte of its record in the decompressed file; url: where known."""
 
     text: bytes
     offset: int
     licence: str | None
+    url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ from megatron_joy.errors import WorkError
 
 RUN_BYTES = 64_000_000  # text that a read task gathers before it writes a run
 HASH_BYTES = 16
-HEADER = struct.Struct("<16sIQHI")  # hash, input, offset, licence bytes, text bytes
+HEADER = struct.Struct("<16sIQHHHI")  # hash, input, offset; bytes of licence, URL, language, text
+LONGEST_LICENCE, LONGEST_URL = 255, 4096  # bytes
 SPLITS = ("train", "validation")
 SPLIT_SCALE = 2**32
 
@@ -39,6 +40,8 @@ class Spooled:
     offset: int
     licence: str | None
     text: bytes
+    url: str | None = None
+    language: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,13 +100,16 @@ class SpoolWriter:
         self._offset = 0
         self._rows: list[tuple[int, int, int, int, int]] = []
 
-    def add(self, file: int, offset: int, licence: str | None, text: bytes) -> None:
+    def add(self, document: Spooled) -> None:
         """Put a document into its bucket."""
-        digest = text_hash(text)
-        stated = (licence or "").encode()[:255]
-        header = HEADER.pack(digest, file, offset, len(stated), len(text))
-        self._gathered.setdefault(self._buckets.bucket_of(digest), []).extend((header, stated, text))
-        self._size += len(text)
+        licence = (document.licence or "").encode()[:LONGEST_LICENCE]
+        url = (document.url or "").encode()[:LONGEST_URL]
+        language = (document.language or "").encode()
+        sizes = (len(licence), len(url), len(language), len(document.text))
+        header = HEADER.pack(document.hash, document.input, document.offset, *sizes)
+        parts = (header, licence + url + language, document.text)
+        self._gathered.setdefault(self._buckets.bucket_of(document.hash), []).extend(parts)
+        self._size += len(document.text)
         if self._size >= RUN_BYTES:
             self.flush()
 
@@ -133,14 +139,22 @@ def write_index(path: Path, index: npt.NDArray[np.int64]) -> None:
         np.save(stream, index, allow_pickle=False)
 
 
+def _stated(content: bytes) -> str | None:
+    return content.decode("utf-8", "ignore") or None
+
+
 def _parse(content: bytes) -> Iterator[Spooled]:
     place = 0
     while place < len(content):
-        digest, file, offset, licence_bytes, text_bytes = HEADER.unpack_from(content, place)
-        text_start = place + HEADER.size + licence_bytes
-        licence = content[place + HEADER.size : text_start].decode("utf-8", "ignore") or None
+        digest, file, offset, licence_bytes, url_bytes, language_bytes, text_bytes = HEADER.unpack_from(content, place)
+        url_start = place + HEADER.size + licence_bytes
+        language_start = url_start + url_bytes
+        text_start = language_start + language_bytes
+        licence = _stated(content[place + HEADER.size : url_start])
+        url = _stated(content[url_start:language_start])
+        language = _stated(content[language_start:text_start])
         place = text_start + text_bytes
-        yield Spooled(digest, file, offset, licence, content[text_start:place])
+        yield Spooled(digest, file, offset, licence, content[text_start:place], url, language)
 
 
 def _read_frames(folder: Path, bucket: int | None) -> Iterator[Spooled]:

@@ -1,5 +1,5 @@
-"""The stages from text to shards: read, sign, cluster (dedup/), overlap, contamination (decontaminate/), tokenizer,
-write (write.py), finish (finish.py).
+"""The stages from text to shards: read (read.py), sign, cluster (dedup/), overlap, contamination (decontaminate/),
+tokenizer, write (write.py), finish (finish.py).
 
 Each task is a function of the job and its shard.
 """
@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from data_pipeline.decontaminate.stage import contamination_settings, contamination_task, overlap_task
 from data_pipeline.dedup.stage import cluster_task, near_settings, sign_task
 from data_pipeline.engine import Job, Stage, TaskResult, statistics_of
 from data_pipeline.finish import finish_task
 from data_pipeline.inventory import MEGABYTE
-from data_pipeline.readers import Rejected, read_piece
-from data_pipeline.spool import SpoolWriter, read_bucket, spool_paths, unique, write_index
+from data_pipeline.read import read_settings, read_task
+from data_pipeline.spool import read_bucket, spool_paths, unique
 from data_pipeline.tokenizer import (
     TOKENIZER_FILE,
     copy_tokenizer,
@@ -30,41 +29,8 @@ from data_pipeline.tokenizer import (
     train_tokenizer,
 )
 from data_pipeline.write import spools_of, write_task
-from megatron_joy.data.atomic import atomic_file
 from megatron_joy.data.manifest import TOKENIZER_FOLDER
 from megatron_joy.errors import UserError
-
-
-def read_task(job: Job, shard: int) -> TaskResult:
-    """Read the pieces of one task; documents go into buckets, everything else into the quarantine list."""
-    names = [source.name for source in job.pipeline.sources]
-    counts = {name: {"records": 0, "documents": 0, "bytes_text": 0, "dropped": Counter[str]()} for name in names}
-    folder = job.task_folder("read", shard)
-    data, index = spool_paths(folder)
-    quarantine = folder / "quarantine.jsonl"
-    with atomic_file(data) as stream, atomic_file(quarantine) as aside:
-        spool = SpoolWriter(stream, job.plan.buckets)
-        for piece in job.plan.tasks[shard]:
-            file = job.plan.inputs[piece.input]
-            count: Any = counts[names[file.source]]
-            for record in read_piece(job.pipeline, file, piece):
-                count["records"] += 1
-                if isinstance(record, Rejected):
-                    count["dropped"][record.reason] += 1
-                    aside.write(orjson.dumps({"source": names[file.source], "file": file.path, **_fields(record)}))
-                    aside.write(b"\n")
-                    continue
-                count["documents"] += 1
-                count["bytes_text"] += len(record.text)
-                spool.add(piece.input, record.offset, record.licence or file.licence, record.text)
-        spool.flush()
-    write_index(index, spool.index())
-    files = [job.describe_scratch(data), job.describe(index), job.describe(quarantine)]
-    return TaskResult(files, {"sources": counts})
-
-
-def _fields(record: Rejected) -> dict[str, Any]:
-    return {"offset": record.offset, "reason": record.reason, "excerpt": record.excerpt}
 
 
 def _require_documents(job: Job) -> None:
@@ -133,10 +99,6 @@ def _tokenizer_settings(job: Job) -> Any:
     return [job.pipeline.tokenizer.model_dump(), digest]
 
 
-def _read_settings(job: Job) -> Any:
-    return [[source.model_dump() for source in job.pipeline.sources], job.pipeline.max_document_megabytes]
-
-
 def _near_tasks(job: Job) -> int:
     return len(job.plan.tasks) if job.pipeline.near_duplicates.enabled else 0
 
@@ -146,7 +108,7 @@ def _overlap_tasks(job: Job) -> int:
 
 
 STAGES = [
-    Stage("read", "reading inputs", 2, (), _read_settings, lambda job: len(job.plan.tasks), read_task),
+    Stage("read", "reading inputs", 3, (), read_settings, lambda job: len(job.plan.tasks), read_task),
     Stage("sign", "signing documents", 1, ("read",), near_settings, _near_tasks, sign_task),
     Stage(
         "cluster",
@@ -173,7 +135,7 @@ STAGES = [
     Stage(
         "write",
         "encoding and writing",
-        3,
+        4,
         ("read", "cluster", "contamination", "tokenizer"),
         lambda job: job.pipeline.seed,
         lambda job: job.plan.buckets.total,

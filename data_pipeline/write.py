@@ -1,7 +1,7 @@
 """One bucket becomes one shard: duplicates dropped, order shuffled, encoded, written with its documents' origins."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from megatron_joy.data.provenance import SUFFIX, DocumentOrigin, write_origins
 from megatron_joy.data.shards import ShardSummary, ShardWriter, bin_path, idx_path, token_dtype
 
 DROPPED = ("exact_duplicate", "near_duplicate", "contaminated")  # reasons, in the order in which they count
+UNKNOWN = "unknown"  # language of documents that no transform identified
 BATCH_BYTES = 2_000_000  # text that is encoded and written at a time
 
 
@@ -92,21 +93,20 @@ def origins_of(job: Job, documents: list[Spooled]) -> list[DocumentOrigin]:
     for document in documents:
         file = job.plan.inputs[document.input]
         size = len(document.text)
-        found.append(
-            DocumentOrigin(names[file.source], file.path, document.offset, document.licence, document.hash.hex(), size)
-        )
+        place = (names[file.source], file.path, document.offset, document.licence, document.hash.hex(), size)
+        found.append(DocumentOrigin(*place, document.url, document.language))
     return found
 
 
-def count_sources(origins: list[DocumentOrigin], tokens: npt.NDArray[np.int64]) -> dict[str, dict[str, int]]:
-    """Documents, tokens and bytes of each source."""
-    sources: dict[str, dict[str, int]] = {}
-    for origin, number in zip(origins, tokens.tolist(), strict=True):
-        totals = sources.setdefault(origin.source, {"documents": 0, "tokens": 0, "bytes_text": 0})
-        totals["documents"] += 1
-        totals["tokens"] += number
-        totals["bytes_text"] += origin.bytes_text
-    return sources
+def count_by(names: Iterable[str], origins: list[DocumentOrigin], tokens: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """Documents, tokens and bytes of each name; `names`: one for each document."""
+    totals: dict[str, dict[str, int]] = {}
+    for name, origin, number in zip(names, origins, tokens.tolist(), strict=True):
+        own = totals.setdefault(name, {"documents": 0, "tokens": 0, "bytes_text": 0})
+        own["documents"] += 1
+        own["tokens"] += number
+        own["bytes_text"] += origin.bytes_text
+    return totals
 
 
 def select(job: Job, bucket: int) -> tuple[list[Spooled], dict[str, Counter[int]]]:
@@ -133,6 +133,7 @@ def write_task(job: Job, shard: int) -> TaskResult:
         "documents_in": len(documents) + sum(counts.total() for counts in dropped.values()),
         "dropped": {reason: count_by_input(counts, job) for reason, counts in dropped.items()},
         "sources": {},
+        "languages": {},
         "shard": None,
     }
     if not documents:
@@ -150,7 +151,11 @@ def write_task(job: Job, shard: int) -> TaskResult:
     counts = job.task_folder("write", shard) / "counts.npy"
     with atomic_file(counts) as stream:
         np.save(stream, written.by_id, allow_pickle=False)
-    statistics |= {"sources": count_sources(origins, written.by_document), "shard": entry.model_dump()}
+    statistics |= {
+        "sources": count_by((origin.source for origin in origins), origins, written.by_document),
+        "languages": count_by((origin.language or UNKNOWN for origin in origins), origins, written.by_document),
+        "shard": entry.model_dump(),
+    }
     statistics |= {"engine": written.engine, "checked": written.checked, "note": written.note}
     files = [
         job.describe(bin_path(prefix), entry.bin_sha256),

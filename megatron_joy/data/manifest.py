@@ -94,6 +94,9 @@ class Manifest(ManifestPart):
     totals: Totals
     accounts: Accounts
     sources: dict[str, Totals] = Field(default_factory=dict, description="Totals of each input source.")
+    languages: dict[str, Totals] = Field(
+        default_factory=dict, description="Totals of each language, where a transform identified any."
+    )
     unigram_entropy: float | None = Field(
         None, description="Nats per token of the set's own token frequencies: the loss of knowing nothing else."
     )

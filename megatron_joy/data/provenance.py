@@ -21,7 +21,7 @@ class DocumentOrigin:
 
     source: name of the source in the pipeline; file: path inside that source; offset: first byte of its record in the
     (decompressed) file, 0 where the file is one document; licence: where known; sha256: of the text, the first 32
-    hexadecimal digits; bytes_text: length of the text in UTF-8.
+    hexadecimal digits; bytes_text: length of the text in UTF-8; url, language (ISO 639): where known.
     """
 
     source: str
@@ -30,6 +30,8 @@ class DocumentOrigin:
     licence: str | None
     sha256: str
     bytes_text: int
+    url: str | None = None
+    language: str | None = None
 
 
 def write_origins(path: Path, origins: Iterable[DocumentOrigin]) -> str:

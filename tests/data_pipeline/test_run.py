@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline import stages, write
+from data_pipeline import read, write
 from data_pipeline.encode import OracleDifference
 from data_pipeline.engine import Engine, statistics_of
 from data_pipeline.finish import close_accounts, tidy, unigram_entropy
@@ -321,6 +321,7 @@ def test_accounts_off_by_one_are_refused_and_nothing_is_published(corpus: Path, 
     with pytest.raises(WorkError, match="accounts of source texts"):
         engine.run_task("finish", 0)
     record["statistics"]["sources"]["texts"]["documents"] += 1
+    record["statistics"]["sources"]["texts"]["read"]["documents"] += 1
     path.write_text(json.dumps(record))
     with pytest.raises(WorkError, match=r"accounts: .* documents read, .* received"):
         engine.run_task("finish", 0)
@@ -328,7 +329,8 @@ def test_accounts_off_by_one_are_refused_and_nothing_is_published(corpus: Path, 
 
 
 def test_accounts_are_counted_by_readers_and_writers_independently() -> None:
-    read = {"sources": {"a": {"records": 5, "documents": 4, "dropped": {"empty": 1}}}}
+    own = {"records": 5, "documents": 4, "bytes_text": 40, "dropped": {"empty": 1}, "transforms": []}
+    read = {"sources": {"a": own | {"read": {"documents": 4, "bytes_text": 40}}}}
     wrote = {"documents_in": 4, "dropped": {"exact_duplicate": {"a": 1}}, "sources": {"a": {"documents": 3}}}
     assert close_accounts([read], [wrote]) == (5, Counter(empty=1, exact_duplicate=1))
     for wrong in ({"documents_in": 5}, {"dropped": {}}, {"sources": {"a": {"documents": 2}}}):
@@ -404,7 +406,7 @@ def test_a_full_disk_stops_the_run_with_one_line_and_it_goes_on_later(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "write_index", full)
+        patch.setattr(read, "write_index", full)
         engine = plan_inline(pipeline)
         with pytest.raises(OSError, match="No space left"):
             engine.run_task("read", 0)

@@ -28,7 +28,9 @@ def spool(folder: Path, texts: list[bytes], buckets: module.Buckets) -> None:
     with open(data, "wb") as stream:
         writer = SpoolWriter(stream, buckets)
         for number, text in enumerate(texts):
-            writer.add(7, number, "MIT" if number % 2 else None, text)
+            licence, url = ("MIT", None) if number % 2 else (None, f"https://example.org/{number}")
+            language = "zh" if number % 3 else None
+            writer.add(Spooled(text_hash(text), 7, number, licence, text, url, language))
         writer.flush()
     write_index(index, writer.index())
 
@@ -50,6 +52,10 @@ def test_every_document_comes_out_once_in_its_bucket_and_in_order(
     everything = sorted((document for documents in found for document in documents), key=lambda d: d.offset)
     assert [document.text for document in everything] == texts
     assert [document.licence for document in everything] == ["MIT" if n % 2 else None for n in range(len(texts))]
+    assert [document.url for document in everything] == [
+        None if n % 2 else f"https://example.org/{n}" for n in range(len(texts))
+    ]
+    assert [document.language for document in everything] == ["zh" if n % 3 else None for n in range(len(texts))]
     assert all(document.input == 7 and document.hash == text_hash(document.text) for document in everything)
 
 

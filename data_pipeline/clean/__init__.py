@@ -1,0 +1,1 @@
+"""Filters by rules and light models: which documents stay, and which of their lines."""

@@ -1,0 +1,1 @@
+"""From pages to text, and text made regular."""

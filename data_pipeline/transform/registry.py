@@ -1,0 +1,20 @@
+"""Every kind of transform that a pipeline can name."""
+
+import typing
+from typing import Annotated
+
+from pydantic import Field
+
+from data_pipeline.clean.length import LengthSection
+from data_pipeline.extract.normalise import NormaliseSection
+from data_pipeline.transform.base import TransformSection
+
+AnyTransform = Annotated[LengthSection | NormaliseSection, Field(discriminator="kind")]
+
+
+def _kinds() -> dict[str, type[TransformSection]]:
+    sections = typing.get_args(typing.get_args(AnyTransform)[0])
+    return {typing.get_args(section.model_fields["kind"].annotation)[0]: section for section in sections}
+
+
+KINDS = _kinds()
