@@ -5,6 +5,10 @@ import os
 import hypothesis
 import pytest
 
+from tests.slurm_cluster import slurm, slurm_session
+
+__all__ = ["slurm", "slurm_session"]  # fixtures
+
 # Property tests look for new counterexamples where a person is there to read them. Under CI the same commit must give
 # the same verdict twice, so what a search has found becomes an example of its test.
 hypothesis.settings.register_profile("ci", derandomize=True)

@@ -1,0 +1,1 @@
+"""Templates, launch and supervisor, on a real Slurm."""

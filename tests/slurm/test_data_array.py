@@ -1,0 +1,68 @@
+"""A pipeline's stage as a job array: tasks that fail are tried again, and what follows runs once, after all of them."""
+
+import json
+from pathlib import Path
+
+from tests.data_pipeline.corpora import digests, plan_inline, run_inline, texts, write_jsonl, write_pipeline
+from tests.slurm_cluster import Cluster
+
+TASKS = 16
+AFTER = "--kill-on-invalid-dep=yes"
+
+# Python, but for two tasks that die when they are started for the first time.
+FLAKY = """#!/bin/bash
+echo "$*" >> {log}
+for shard in {failing}; do
+    if [[ "$*" == *"--stage write --shard $shard" ]] && mkdir {log}.$shard 2>/dev/null; then kill -9 $$; fi
+done
+exec "{python}" "$@"
+"""
+
+
+def flaky_python(folder: Path, python: str, failing: str) -> Path:
+    """An interpreter for JOY_PYTHON that logs its calls and fails the first write of some shards."""
+    path = folder / "python"
+    path.write_text(FLAKY.format(log=folder / "calls", failing=failing, python=python))
+    path.chmod(0o755)
+    return path
+
+
+def test_an_array_with_two_tasks_that_fail_once_is_whole_and_merged_once(slurm: Cluster, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "in" / "a.jsonl", texts(780))
+    pipeline = write_pipeline(tmp_path / "in", tmp_path / "out", shard_megabytes=0.013)
+    engine = plan_inline(pipeline)
+    for stage, shards in engine.unfinished():
+        for shard in shards if stage not in ("write", "finish") else ():
+            engine.run_task(stage, shard)
+    shards = len(engine.pending("write"))
+    assert shards > TASKS  # some tasks have two shards
+    python = flaky_python(tmp_path, slurm.environment["JOY_PYTHON"], "3 11")
+    export = f"--export=ALL,JOY_PYTHON={python},JOY_TASK_WAIT_SECONDS=0"
+    log = f"--output={tmp_path}/%A_%a.out"
+    job = slurm.sbatch(
+        export, log, f"--array=0-{TASKS - 1}", "slurm/data_array.sbatch", str(pipeline), "write", str(shards), "16"
+    )
+    merge = slurm.sbatch(export, log, AFTER, f"--dependency=afterok:{job}", "slurm/data_merge.sbatch", str(pipeline))
+    slurm.wait_for(merge, "COMPLETED")
+    assert slurm.state(job) == "COMPLETED"
+    calls = (tmp_path / "calls").read_text().splitlines()
+    tried = sorted(int(call.rpartition(" ")[2]) for call in calls if "--stage write" in call)
+    assert tried == sorted([*range(shards), 3, 11])
+    assert sum("data run" in call for call in calls) == 1
+    run_inline(write_pipeline(tmp_path / "in", tmp_path / "other", shard_megabytes=0.013))
+    assert digests(tmp_path / "out") == digests(tmp_path / "other")
+
+
+def test_a_mistake_is_not_tried_again_and_what_depends_on_it_is_cancelled(slurm: Cluster, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "in" / "a.jsonl", texts(20))
+    pipeline = write_pipeline(tmp_path / "in", tmp_path / "out")
+    log = f"--output={tmp_path}/%A_%a.out"
+    job = slurm.sbatch(log, "--array=0-0", "slurm/data_array.sbatch", str(pipeline), "write", "1", "1")
+    merge = slurm.sbatch(log, AFTER, f"--dependency=afterok:{job}", "slurm/data_merge.sbatch", str(pipeline))
+    slurm.wait_for(merge, "CANCELLED")
+    assert slurm.state(job) == "FAILED"
+    printed = (tmp_path / f"{job}_0.out").read_text()
+    assert "make the plan first" in printed
+    assert printed.count("error:") == 1
+    assert not (tmp_path / "out" / "train").exists()
+    assert json.loads(slurm.run("squeue", "--json", f"--jobs={merge}"))["jobs"][0]["restart_cnt"] == 0
