@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_joy.errors import UserError
 from megatron_joy.platform import cpu
 from megatron_joy.platform.rank import RankInfo, rank_info
+from megatron_joy.platform.rendezvous import rendezvous
 from megatron_joy.recipe.schema import LayoutSection
 
 cpu.install()
@@ -56,7 +57,7 @@ def start(layout: LayoutSection, seed: int, timeout_minutes: float = 30.0) -> Pr
         )
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", info.local_rank)
+        device = torch.device("cuda", _gpu_of(info))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         _join_world(info, timeout_minutes)
@@ -80,9 +81,24 @@ def _join_world(info: RankInfo, timeout_minutes: float) -> None:
     if info.world_size == 1 and "MASTER_ADDR" not in os.environ:
         dist.init_process_group(backend, store=_hash_store(), rank=0, world_size=1, timeout=timeout)
         return
-    os.environ.setdefault("RANK", str(info.rank))
-    os.environ.setdefault("WORLD_SIZE", str(info.world_size))
-    dist.init_process_group(backend, timeout=timeout)
+    address, port = rendezvous(info)
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))  # where torch looks
+    try:
+        dist.init_process_group(backend, rank=info.rank, world_size=info.world_size, timeout=timeout)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(f"MASTER_PORT {port}: in use on {address}; set MASTER_PORT to a free one") from None
+
+
+def _gpu_of(info: RankInfo) -> int:
+    """The local rank's; the only one where the launcher shows each rank its own (srun --gpus-per-task)."""
+    visible = torch.cuda.device_count()
+    if info.local_rank >= visible > 1:
+        raise UserError(
+            f"rank {info.rank}: is local rank {info.local_rank} and sees {visible} GPUs; start one rank for each GPU"
+        )
+    return info.local_rank if visible > 1 else 0
 
 
 def build_groups(layout: LayoutSection) -> None:

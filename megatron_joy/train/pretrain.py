@@ -15,6 +15,7 @@ from megatron_joy.errors import UserError
 from megatron_joy.model.build import build_model
 from megatron_joy.platform import process as processes
 from megatron_joy.platform.process import Process
+from megatron_joy.platform.rank import rank_info
 from megatron_joy.platform.stop_request import StopRequest
 from megatron_joy.recipe.schema import Recipe
 from megatron_joy.recipe.timetable import Timetable
@@ -62,8 +63,7 @@ def pretrain(recipe: Recipe, stop: StopRequest | None = None) -> bool:
 def _threads(recipe: Recipe) -> int:
     if recipe.train.threads:
         return recipe.train.threads
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", recipe.layout.world_size))
-    return max(1, (os.cpu_count() or 1) // ranks_here)
+    return max(1, (os.cpu_count() or 1) // rank_info().local_world_size)
 
 
 def _open_data(run: Run, opened: ExitStack) -> tuple[SampleStream, SampleStream | None]:

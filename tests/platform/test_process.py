@@ -1,5 +1,7 @@
 """Joining a world: the groups are those of the layout, and a world of another size is refused."""
 
+import os
+import socket
 from typing import Any
 
 import pytest
@@ -48,3 +50,20 @@ def test_groups_have_the_sizes_of_the_layout() -> None:
     layout = {"tensor_model_parallel_size": 2, "data_parallel_size": 2, "expert_model_parallel_size": 4}
     for rank in run_world(group_sizes, 4, layout):
         assert (rank["tp"], rank["dp"], rank["ep"], rank["expt_tp"], rank["expt_dp"]) == (2, 2, 4, 1, 1)
+
+
+def start_where_the_port_is_taken() -> str:
+    os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        os.environ["MASTER_PORT"] = str(taken.getsockname()[1])
+        with pytest.raises(UserError) as refused:
+            platform.start(LayoutSection(data_parallel_size=2), seed=1)
+        return str(refused.value).replace(os.environ["MASTER_PORT"], "PORT")
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    assert run_world(start_where_the_port_is_taken, 1) == [
+        "MASTER_PORT PORT: in use on 127.0.0.1; set MASTER_PORT to a free one"
+    ]
