@@ -20,7 +20,7 @@ from megatron_joy.recipe.load import read_overrides
 from megatron_joy.recipe.schema import NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 SHIPPED = Path(__file__).parent / "pipelines"
-ReaderName = Literal["jsonl", "text", "code", "python_environment"]
+ReaderName = Literal["jsonl", "text", "code", "python_environment", "markdown", "pages", "parquet", "warc"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -31,10 +31,13 @@ class SourceSection(Section):
     name: Name = Field(description="What reports call it.")
     reader: ReaderName = Field(description="How its files become documents.")
     paths: list[str] = Field(default_factory=list, description="Files, folders or globs, relative to where you start.")
-    text_field: str = Field("text", description="jsonl: the field with the text.")
-    licence_field: str | None = Field(None, description="jsonl: the field with the document's licence.")
+    text_field: str = Field(
+        "text", description="jsonl, parquet: the field with the text; pages: with the list of pages."
+    )
+    licence_field: str | None = Field(None, description="jsonl, pages, parquet: the field with the licence.")
+    url_field: str | None = Field(None, description="jsonl, pages, parquet: the field with the URL.")
     suffixes: list[str] = Field(
-        default_factory=list, description="text, code: endings of file names; none: usual ones."
+        default_factory=list, description="text, markdown, code: endings of file names; none: usual ones."
     )
     part: Literal["standard_library", "package_documentation", "package_sources"] = Field(
         "standard_library", description="python_environment: which text of the running Python."
@@ -128,7 +131,11 @@ class Pipeline(Section):
 
 BYTES = 256  # a byte-level tokenizer has an entry for each
 READER_KEYS: dict[str, set[str]] = {
-    "jsonl": {"paths", "text_field", "licence_field"},
+    "jsonl": {"paths", "text_field", "licence_field", "url_field"},
+    "pages": {"paths", "text_field", "licence_field", "url_field"},
+    "parquet": {"paths", "text_field", "licence_field", "url_field"},
+    "warc": {"paths"},
+    "markdown": {"paths", "suffixes"},
     "text": {"paths", "suffixes"},
     "code": {"paths", "suffixes"},
     "python_environment": {"part"},
@@ -262,6 +269,15 @@ def _transform_problems(pipeline: Pipeline) -> Iterator[str]:
                 yield f"{key}.sources: no source is called {format_value(name)}; there are {', '.join(known)}"
         for problem in section.problems():
             yield f"{key}.{problem}"
+        own = [source for source in pipeline.sources if not section.sources or source.name in section.sources]
+        if section.needs_url and not any(source.reader == "warc" or source.url_field for source in own):
+            yield f"{key}: has no effect on sources without URLs; set url_field of a source, or remove it"
+    for number, source in enumerate(pipeline.sources):
+        if source.reader == "warc" and not any(
+            section.takes_html and (not section.sources or source.name in section.sources)
+            for section in pipeline.transforms
+        ):
+            yield f'sources.{number}.reader = "warc": gives HTML; add [[transforms]] with kind = "extract" for it'
 
 
 def problems_between(pipeline: Pipeline) -> list[str]:

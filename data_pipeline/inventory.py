@@ -14,7 +14,9 @@ from data_pipeline.environment import environment_files
 from megatron_joy.errors import UserError
 
 MEGABYTE = 1_000_000
-COMPRESSED = {".gz": 4, ".zst": 4}  # how much text a byte is taken for when work is divided
+# How much text a byte is taken for when work is divided: of compressed files, and of formats that hold more than text.
+COMPRESSED = {".gz": 4.0, ".zst": 4.0}
+DENSITY = {"parquet": 2.5, "warc": 0.15}
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst")
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text", ".markdown")
 CODE_SUFFIXES = (
@@ -22,7 +24,15 @@ CODE_SUFFIXES = (
     *(".js", ".jsx", ".ts", ".tsx", ".rb", ".php", ".swift", ".lua", ".pl", ".r", ".jl", ".hs", ".ml", ".sh", ".sql"),
     *(".cs", ".m", ".f90", ".el", ".clj", ".ex", ".exs", ".cmake", ".md", ".rst"),
 )
-DEFAULT_SUFFIXES = {"jsonl": JSONL_SUFFIXES, "text": TEXT_SUFFIXES, "code": CODE_SUFFIXES}
+DEFAULT_SUFFIXES = {
+    "jsonl": JSONL_SUFFIXES,
+    "pages": JSONL_SUFFIXES,
+    "text": TEXT_SUFFIXES,
+    "markdown": (".md", ".markdown", ".mdx"),
+    "code": CODE_SUFFIXES,
+    "parquet": (".parquet",),
+    "warc": (".warc", ".warc.gz", ".warc.zst"),
+}
 SKIPPED_FOLDERS = {"__pycache__", "node_modules"}
 
 
@@ -97,19 +107,29 @@ def _files_of(number: int, source: SourceSection) -> list[InputFile]:
     return [_input(number, path, path, source.licence) for path in paths]
 
 
-def text_bytes(path: str, size: int) -> int:
-    """How much text a file is taken for."""
-    return size * COMPRESSED.get(os.path.splitext(path)[1], 1)
+def text_per_byte(path: str, reader: str) -> float:
+    """How much text a byte of a file is taken for."""
+    return COMPRESSED.get(os.path.splitext(path)[1], 1.0) * DENSITY.get(reader, 1.0)
+
+
+def _can_be_cut(path: str, reader: str) -> bool:
+    """Whether a record can be found from any place in the file."""
+    plain = not path.endswith(tuple(COMPRESSED))
+    return (
+        (reader in ("jsonl", "pages") and plain) or reader == "parquet" or (reader == "warc" and path.endswith(".gz"))
+    )
 
 
 def _cut(number: int, file: InputFile, reader: str, target: int) -> Iterator[tuple[Piece, int]]:
-    """The pieces of one input with their estimated text; only plain JSONL can be cut."""
-    if reader != "jsonl" or file.path.endswith(tuple(COMPRESSED)) or file.size <= target:
-        yield Piece(number, 0, None), text_bytes(file.path, file.size)
+    """The pieces of one input, of at most about `target` bytes of text, with their estimated text."""
+    ratio = text_per_byte(file.path, reader)
+    step = max(1, int(target / ratio))
+    if not _can_be_cut(file.path, reader) or file.size <= step:
+        yield Piece(number, 0, None), max(int(file.size * ratio), min(1, file.size))
         return
-    for start in range(0, file.size, target):
-        end = min(start + target, file.size)
-        yield Piece(number, start, end), end - start
+    for start in range(0, file.size, step):
+        end = min(start + step, file.size)
+        yield Piece(number, start, end), max(1, int((end - start) * ratio))
 
 
 def _capped(pieces: list[tuple[Piece, int]], files: list[InputFile], limit: float | None) -> list[tuple[Piece, int]]:

@@ -7,7 +7,8 @@ import orjson
 
 from data_pipeline.engine import Job, TaskResult
 from data_pipeline.inventory import InputFile
-from data_pipeline.readers import Document, Rejected, read_piece
+from data_pipeline.readers.base import Document, Rejected
+from data_pipeline.readers.open import read_piece
 from data_pipeline.spool import Spooled, SpoolWriter, spool_paths, text_hash, write_index
 from data_pipeline.transform.base import Draft
 from data_pipeline.transform.chain import Chain, Sampler, content_digest, sections_for

@@ -14,7 +14,8 @@ from data_pipeline.config import (
     problems_between,
 )
 from data_pipeline.inventory import DEFAULT_SUFFIXES, JSONL_SUFFIXES, MEGABYTE, Inventory, expand, take_inventory
-from data_pipeline.readers import Rejected, read_piece
+from data_pipeline.readers.base import Rejected
+from data_pipeline.readers.open import read_piece
 from data_pipeline.spool import SPLIT_SCALE, text_hash
 from data_pipeline.tokenizer import TOKENIZER_FILE, identify, save_tokenizer, train_tokenizer
 from megatron_joy.errors import UserError

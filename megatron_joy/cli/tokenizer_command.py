@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from data_pipeline.readers import REASONS
+from data_pipeline.readers.base import REASONS
 from data_pipeline.train_tokenizer import train_on_files
 
 app = typer.Typer(help="Tokenizers. Example: joy tokenizer train --input docs --vocab-size 8192 --out tokenizers/docs")

@@ -9,9 +9,10 @@ import zstandard
 class WholeFrames(io.RawIOBase):
     """Frames, decompressed one after another. Reading raises EOFError where the last one ends too early."""
 
-    def __init__(self, raw: BinaryIO) -> None:
+    def __init__(self, raw: BinaryIO, dictionary: zstandard.ZstdCompressionDict | None = None) -> None:
         self._raw = raw
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._decompressor = zstandard.ZstdDecompressor(dict_data=dictionary)
+        self._frame = self._decompressor.decompressobj()
         self._begun = False
         self._pending = b""
         self._output = b""
@@ -27,7 +28,7 @@ class WholeFrames(io.RawIOBase):
                     raise EOFError("the last frame is cut short")
                 return 0
             if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._frame = self._decompressor.decompressobj()
             self._output = self._frame.decompress(chunk)
             self._pending = self._frame.unused_data if self._frame.eof else b""
             self._begun = not self._frame.eof
@@ -36,6 +37,9 @@ class WholeFrames(io.RawIOBase):
         return count
 
 
-def open_zstd(raw: BinaryIO) -> BinaryIO:
-    """The decompressed stream of an open file; reading raises EOFError or zstandard.ZstdError where it is broken."""
-    return cast(BinaryIO, io.BufferedReader(WholeFrames(raw), 1 << 20))
+def open_zstd(raw: BinaryIO, dictionary: zstandard.ZstdCompressionDict | None = None) -> BinaryIO:
+    """The decompressed stream of an open file; reading raises EOFError or zstandard.ZstdError where it is broken.
+
+    dictionary: of frames that were compressed with one.
+    """
+    return cast(BinaryIO, io.BufferedReader(WholeFrames(raw, dictionary), 1 << 20))

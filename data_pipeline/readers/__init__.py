@@ -1,0 +1,1 @@
+"""From files to documents, a module for each family of formats."""
