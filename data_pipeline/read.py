@@ -44,19 +44,18 @@ class _SourceReader:
         self._records += 1
         self._read["documents"] += 1
         self._read["bytes_text"] += len(document.text)
-        text, language = document.text, None
+        text, language, licence = document.text, None, document.licence or file.licence
         if self._chain is not None:
-            draft = Draft(document.text.decode(), document.url, file.path)
+            draft = Draft(document.text.decode(), document.url, file.path, licence=licence)
             gone = self._chain.apply(draft)
             if gone is not None:
                 self._dropped[gone.reason] += 1
                 place = {"source": self._name, "file": file.path, "offset": document.offset, "url": document.url}
                 self._sampler.add(gone.reason, gone.text, place)
                 return
-            text, language = draft.text.encode(), draft.language
+            text, language, licence = draft.text.encode(), draft.language, draft.licence
         self._documents += 1
         self._bytes_text += len(text)
-        licence = document.licence or file.licence
         digest = text_hash(text)
         self._spool.add(Spooled(digest, number, document.offset, licence, text, document.url, language))
 

@@ -21,13 +21,14 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 @dataclass(slots=True)
 class Draft:
     """A document on its way. text: not blank at first; url: where known; path: of its input file, for people;
-    language: ISO 639 code once a block found it.
+    language: ISO 639 code once a block found it; licence: as the record or its source states it.
     """
 
     text: str
     url: str | None
     path: str
     language: str | None = None
+    licence: str | None = None
 
 
 class Block(ABC):

@@ -6,11 +6,12 @@ from typing import Annotated
 from pydantic import Field
 
 from data_pipeline.clean.length import LengthSection
+from data_pipeline.code.block import CodeSection
 from data_pipeline.extract.html import ExtractSection
 from data_pipeline.extract.normalise import NormaliseSection
 from data_pipeline.transform.base import TransformSection
 
-AnyTransform = Annotated[ExtractSection | LengthSection | NormaliseSection, Field(discriminator="kind")]
+AnyTransform = Annotated[CodeSection | ExtractSection | LengthSection | NormaliseSection, Field(discriminator="kind")]
 
 
 def _kinds() -> dict[str, type[TransformSection]]:
