@@ -11,6 +11,7 @@ import orjson
 from pydantic import Field, ValidationError
 
 from data_pipeline.dedup.minhash import PERMUTATIONS
+from data_pipeline.score.scorers import section_columns
 from data_pipeline.transform.base import TransformSection
 from data_pipeline.transform.registry import KINDS, AnyTransform
 from megatron_joy.errors import UserError
@@ -97,6 +98,29 @@ class DecontaminateSection(Section):
     least: PositiveInt = Field(1, description="n-grams of an item, not whitelisted, that make a document go.")
 
 
+class BoundSection(Section):
+    """least <= score < below; a score that could not be had is dropped by any bound."""
+
+    least: float | None = Field(None, description="The smallest score that is kept.")
+    below: float | None = Field(None, description="The smallest score that is too large.")
+
+
+class ScoreSection(Section):
+    """One scorer: its scores are kept as columns beside the shards, and may drop documents (docs/scoring.md)."""
+
+    name: Name = Field(description="Its column, or what its columns begin with; drops are called score_COLUMN.")
+    scorer: Literal["heuristic", "linear", "classifier", "endpoint"] = Field(description="What gives the scores.")
+    folder: str | None = Field(None, description="linear, classifier: the model's folder.")
+    url: str | None = Field(None, description="endpoint: up to and with /v1.")
+    model: str | None = Field(None, description="endpoint: the model's name there.")
+    key_variable: str | None = Field(None, description="endpoint: environment variable with the key; none: no key.")
+    columns: list[str] = Field(
+        default_factory=list, description="classifier: its labels; endpoint: the dimensions to ask for."
+    )
+    keep: dict[str, BoundSection] = Field(default_factory=dict, description="What each column must reach.")
+    only_kept: bool = Field(False, description="Look only at what the bounds of the sections before it keep.")
+
+
 class OutputSection(Section):
     """What is written: `folder/train`, `folder/validation`, `folder/tokenizer`, and `folder/work` on the way."""
 
@@ -121,6 +145,9 @@ class Pipeline(Section):
     encode: EncodeSection = Field(default_factory=EncodeSection)
     near_duplicates: NearDuplicatesSection = Field(default_factory=NearDuplicatesSection)
     decontaminate: DecontaminateSection = Field(default_factory=DecontaminateSection)
+    score: list[ScoreSection] = Field(
+        default_factory=list, description="Scorers, cheap ones first; what is selected by them."
+    )
     output: OutputSection
 
     @property
@@ -280,6 +307,41 @@ def _transform_problems(pipeline: Pipeline) -> Iterator[str]:
             yield f'sources.{number}.reader = "warc": gives HTML; add [[transforms]] with kind = "extract" for it'
 
 
+SCORER_KEYS: dict[str, set[str]] = {
+    "heuristic": set(),
+    "linear": {"folder"},
+    "classifier": {"folder", "columns"},
+    "endpoint": {"url", "model", "key_variable", "columns"},
+}
+OPTIONAL_SCORER_KEYS = {"key_variable"}
+
+
+def _score_problems(sections: Sequence[ScoreSection]) -> Iterator[str]:
+    columns: list[str] = []
+    for number, section in enumerate(sections):
+        key, needed = f"score.{number}", SCORER_KEYS[section.scorer]
+        for dead in sorted(section.model_fields_set - needed - {"name", "scorer", "keep", "only_kept"}):
+            yield f'{key}.{dead}: has no effect with scorer = "{section.scorer}"; remove it'
+        for missing in sorted(needed - OPTIONAL_SCORER_KEYS):
+            if not getattr(section, missing):
+                yield f'{key}.{missing}: missing; scorer = "{section.scorer}" needs it'
+        own = section_columns(section)
+        for column in own:
+            if column in columns:
+                yield f"{key}.name = {format_value(section.name)}: column {column} is there already; rename one"
+        columns += own
+        for column, bound in section.keep.items():
+            if column not in own:
+                near = difflib.get_close_matches(column, own, n=1, cutoff=0.0)
+                yield f"{key}.keep.{column}: no such column; the nearest is {near[0] if near else 'none'}"
+            if bound.least is None and bound.below is None:
+                yield f"{key}.keep.{column}: has no effect without least or below; give one of them"
+            elif bound.least is not None and bound.below is not None and bound.least >= bound.below:
+                yield f"{key}.keep.{column}: least = {bound.least} leaves nothing below = {bound.below}; lower it"
+        if section.only_kept and not any(earlier.keep for earlier in sections[:number]):
+            yield f"{key}.only_kept: has no effect without a `keep` in a section before it; remove it"
+
+
 def problems_between(pipeline: Pipeline) -> list[str]:
     """What is wrong with keys together, one line each."""
     problems = [*_source_problems(pipeline), *_tokenizer_problems(pipeline.tokenizer)]
@@ -292,6 +354,7 @@ def problems_between(pipeline: Pipeline) -> list[str]:
         *_transform_problems(pipeline),
         *_near_duplicate_problems(pipeline.near_duplicates),
         *_decontaminate_problems(pipeline.decontaminate),
+        *_score_problems(pipeline.score),
     ]
 
 

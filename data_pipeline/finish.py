@@ -13,6 +13,7 @@ import orjson
 from data_pipeline.dedup.stage import SIGNATURES
 from data_pipeline.engine import WORK, Job, OutputFile, TaskResult, statistics_of
 from data_pipeline.read import QUARANTINE, SAMPLES_FILE
+from data_pipeline.score.scorers import column_names
 from data_pipeline.spool import SPLITS
 from data_pipeline.tokenizer import COPIED_FILES
 from data_pipeline.transform.chain import account_problems, merge_samples
@@ -34,7 +35,7 @@ from megatron_joy.data.shards import token_dtype
 from megatron_joy.errors import WorkError
 
 OTHER_SPLIT = {"train": "validation_split", "validation": "training_split"}
-SHARD_FILE = re.compile(r"shard_\d{5,}\.(bin|idx|documents\.jsonl\.zst)")
+SHARD_FILE = re.compile(r"shard_\d{5,}\.(bin|idx|documents\.jsonl\.zst|scores\.npy)")
 
 
 def close_accounts(reads: list[dict[str, Any]], writes: list[dict[str, Any]]) -> tuple[int, Counter[str]]:
@@ -121,6 +122,7 @@ def _manifest(job: Job, split: str, writes: list[dict[str, Any]], records: int, 
             for name in ([*languages, UNKNOWN] if languages else [])
         },
         unigram_entropy=unigram_entropy(_token_counts(job, own, identity)),
+        score_columns=list(column_names(job.pipeline)),
         shards=[ShardEntry(**writes[number]["shard"]) for number in own],
         provenance=Provenance(
             pipeline=job.pipeline.name, pipeline_sha256=job.plan.pipeline_sha256, code_version=__version__
@@ -137,9 +139,10 @@ def _publish(job: Job, manifest: Manifest) -> list[Path]:
         if source.is_file():
             write_atomically(folder / TOKENIZER_FOLDER / name, source.read_bytes())
             written.append(folder / TOKENIZER_FOLDER / name)
-    kept = {entry.name for entry in manifest.shards}
+    kept = {f"{entry.name}{ending}" for entry in manifest.shards for ending in (".bin", ".idx")}
+    kept |= {str(name) for entry in manifest.shards for name in (entry.provenance, entry.scores)}
     for path in folder.iterdir():
-        if SHARD_FILE.fullmatch(path.name) and path.name.partition(".")[0] not in kept:
+        if SHARD_FILE.fullmatch(path.name) and path.name not in kept:
             path.unlink()
     return [*written, write_manifest(folder, manifest)]
 
@@ -201,7 +204,7 @@ def unpublish(job: Job) -> None:
 def tidy(job: Job) -> None:
     """Remove the partitioned text, once the shards are whole."""
     if not job.pipeline.output.keep_work:
-        for stage in ("read", "cluster", "overlap", "contamination", "write"):
+        for stage in ("read", "cluster", "overlap", "contamination", "score", "write"):
             shutil.rmtree(job.folder / WORK / stage, ignore_errors=True)
         if not job.pipeline.near_duplicates.keep_signatures:
             shutil.rmtree(job.folder / SIGNATURES, ignore_errors=True)

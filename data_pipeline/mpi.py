@@ -2,7 +2,7 @@
 
 `mpiexec -n 9 joy data run PIPELINE.toml --executor mpi` has eight workers. A rank that is free gets the next task, so
 a slow one holds up nobody. Messages are JSON: a task, or nothing, which ends the worker. Waiting ranks sleep between
-looks for a message, since MPI keeps a core busy while it waits. When a rank dies MPI ends the job; the next one goes on.
+looks for a message: MPI itself keeps a core busy meanwhile. When a rank dies MPI ends the job; the next one goes on.
 """
 
 import signal

@@ -10,8 +10,7 @@ documents, XXH3 of the frame. It isn't compressed: that would cost a fifth of th
 
 import hashlib
 import struct
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -193,12 +192,12 @@ def read_all(folder: Path) -> Iterator[Spooled]:
     yield from _read_frames(folder, None)
 
 
-def unique(documents: Iterator[Spooled], duplicates: Counter[int]) -> Iterator[Spooled]:
-    """The first of each text; the others are counted in `duplicates` by input."""
+def unique(documents: Iterator[Spooled], on_copy: Callable[[Spooled], None] = lambda copy: None) -> Iterator[Spooled]:
+    """The first of each text; `on_copy` gets the others."""
     seen: set[bytes] = set()
     for document in documents:
         if document.hash in seen:
-            duplicates[document.input] += 1
+            on_copy(document)
         else:
             seen.add(document.hash)
             yield document

@@ -1,5 +1,5 @@
 """The stages from text to shards: read (read.py), sign, cluster (dedup/), overlap, contamination (decontaminate/),
-tokenizer, write (write.py), finish (finish.py).
+score (score/), tokenizer, write (write.py), finish (finish.py).
 
 Each task is a function of the job and its shard.
 """
@@ -18,6 +18,8 @@ from data_pipeline.engine import Job, Stage, TaskResult, statistics_of
 from data_pipeline.finish import finish_task
 from data_pipeline.inventory import MEGABYTE
 from data_pipeline.read import read_settings, read_task
+from data_pipeline.score.stage import bound_settings, score_settings, score_task
+from data_pipeline.select import spools_of
 from data_pipeline.spool import read_bucket, spool_paths, unique
 from data_pipeline.tokenizer import (
     TOKENIZER_FILE,
@@ -28,7 +30,7 @@ from data_pipeline.tokenizer import (
     save_tokenizer,
     train_tokenizer,
 )
-from data_pipeline.write import spools_of, write_task
+from data_pipeline.write import write_task
 from megatron_joy.data.manifest import TOKENIZER_FOLDER
 from megatron_joy.errors import UserError
 
@@ -58,7 +60,7 @@ def _sample(job: Job) -> Iterator[str]:
     """Training documents for the tokenizer: whole buckets, which are random samples, up to the size asked for."""
     room = job.pipeline.tokenizer.sample_megabytes * MEGABYTE
     for bucket in range(job.plan.buckets.train):
-        for document in unique(read_bucket(spools_of(job), bucket), Counter()):
+        for document in unique(read_bucket(spools_of(job), bucket)):
             if room <= 0:
                 return
             room -= len(document.text)
@@ -107,6 +109,10 @@ def _overlap_tasks(job: Job) -> int:
     return len(job.plan.tasks) if job.pipeline.decontaminate.enabled else 0
 
 
+def _score_tasks(job: Job) -> int:
+    return job.plan.buckets.total if job.pipeline.score else 0
+
+
 STAGES = [
     Stage("read", "reading inputs", 3, (), read_settings, lambda job: len(job.plan.tasks), read_task),
     Stage("sign", "signing documents", 1, ("read",), near_settings, _near_tasks, sign_task),
@@ -131,13 +137,16 @@ STAGES = [
         lambda job: int(job.pipeline.decontaminate.enabled),
         contamination_task,
     ),
+    Stage(
+        "score", "scoring documents", 1, ("read", "cluster", "contamination"), score_settings, _score_tasks, score_task
+    ),
     Stage("tokenizer", "preparing the tokenizer", 1, ("read",), _tokenizer_settings, lambda job: 1, tokenizer_task),
     Stage(
         "write",
         "encoding and writing",
-        4,
-        ("read", "cluster", "contamination", "tokenizer"),
-        lambda job: job.pipeline.seed,
+        5,
+        ("read", "cluster", "contamination", "score", "tokenizer"),
+        lambda job: [job.pipeline.seed, bound_settings(job)],
         lambda job: job.plan.buckets.total,
         write_task,
     ),
@@ -145,7 +154,7 @@ STAGES = [
         "finish",
         "closing the accounts",
         1,
-        ("read", "cluster", "contamination", "tokenizer", "write"),
+        ("read", "cluster", "contamination", "score", "tokenizer", "write"),
         lambda job: job.plan.pipeline_sha256,
         lambda job: 1,
         finish_task,

@@ -1,6 +1,7 @@
 """One bucket becomes one shard: duplicates dropped, order shuffled, encoded, written with its documents' origins."""
 
-from collections import Counter
+import hashlib
+import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,18 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.config import EncodeSection
-from data_pipeline.decontaminate.stage import contaminated_of
-from data_pipeline.dedup.stage import count_by_input, near_duplicates_of
 from data_pipeline.encode import Encoder, Ids, OracleDifference
 from data_pipeline.engine import Job, TaskResult, statistics_of
 from data_pipeline.native.library import kernels
-from data_pipeline.spool import Spooled, read_bucket, shuffled, unique
-from megatron_joy.data.atomic import atomic_file
-from megatron_joy.data.manifest import TOKENIZER_FOLDER, ShardEntry, TokenizerIdentity
+from data_pipeline.score.base import Scores
+from data_pipeline.select import select
+from data_pipeline.spool import Spooled
+from megatron_joy.data.atomic import atomic_file, write_atomically
+from megatron_joy.data.manifest import SCORES_SUFFIX, TOKENIZER_FOLDER, ShardEntry, TokenizerIdentity
 from megatron_joy.data.provenance import SUFFIX, DocumentOrigin, write_origins
 from megatron_joy.data.shards import ShardSummary, ShardWriter, bin_path, idx_path, token_dtype
 
-DROPPED = ("exact_duplicate", "near_duplicate", "contaminated")  # reasons, in the order in which they count
 UNKNOWN = "unknown"  # language of documents that no transform identified
 BATCH_BYTES = 2_000_000  # text that is encoded and written at a time
 
@@ -37,11 +37,6 @@ class Written:
     engine: str
     checked: int
     note: str | None
-
-
-def spools_of(job: Job) -> list[Path]:
-    """The folders of all read tasks' spools, in the order of the inputs."""
-    return [job.task_folder("read", shard) for shard in range(len(job.plan.tasks))]
 
 
 def encode_in_batches(encoder: Encoder, texts: list[bytes]) -> Iterator[tuple[Ids, npt.NDArray[np.int64]]]:
@@ -109,29 +104,31 @@ def count_by(names: Iterable[str], origins: list[DocumentOrigin], tokens: npt.ND
     return totals
 
 
-def select(job: Job, bucket: int) -> tuple[list[Spooled], dict[str, Counter[int]]]:
-    """A bucket's documents that stay, shuffled, and what goes, by reason and input file. The first reason counts."""
-    dropped: dict[str, Counter[int]] = {reason: Counter() for reason in DROPPED}
-    lists = (("near_duplicate", near_duplicates_of(job, bucket)), ("contaminated", contaminated_of(job, bucket)))
-    kept = []
-    for document in unique(read_bucket(spools_of(job), bucket), dropped["exact_duplicate"]):
-        reason = next((reason for reason, hashes in lists if document.hash in hashes), None)
-        if reason is None:
-            kept.append(document)
-        else:
-            dropped[reason][document.input] += 1
-    return shuffled(kept, job.pipeline.seed), dropped
+def count_lengths(tokens: npt.NDArray[np.int64]) -> list[int]:
+    """How many documents have 1, 2 to 3, 4 to 7, ... tokens; tokens: int64 [documents]."""
+    return np.bincount(np.log2(tokens).astype(np.int64)).tolist()
+
+
+def _write_scores(prefix: Path, scores: Scores | None) -> dict[str, Any]:
+    """Write a shard's scores, float32 [documents, columns], and what the manifest says of them."""
+    if scores is None:
+        return {}
+    path = prefix.with_name(prefix.name + SCORES_SUFFIX)
+    content = io.BytesIO()
+    np.save(content, scores, allow_pickle=False)
+    write_atomically(path, content.getvalue())
+    return {"scores": path.name, "scores_sha256": hashlib.sha256(content.getvalue()).hexdigest()}
 
 
 def write_task(job: Job, shard: int) -> TaskResult:
     """The task of the write stage; an empty bucket gives no shard."""
     split, number = job.plan.buckets.split_of(shard)
     identity = TokenizerIdentity(**statistics_of(job, "tokenizer", 1)[0])
-    documents, dropped = select(job, shard)
+    documents, scores, losses = select(job, shard)
     statistics: dict[str, Any] = {
         "split": split,
-        "documents_in": len(documents) + sum(counts.total() for counts in dropped.values()),
-        "dropped": {reason: count_by_input(counts, job) for reason, counts in dropped.items()},
+        "documents_in": len(documents) + sum(counts.total() for counts in losses.documents.values()),
+        **losses.as_statistics(job),
         "sources": {},
         "languages": {},
         "shard": None,
@@ -146,6 +143,7 @@ def write_task(job: Job, shard: int) -> TaskResult:
         name=prefix.name,
         provenance=provenance.name,
         provenance_sha256=write_origins(provenance, origins),
+        **_write_scores(prefix, scores),
         **vars(written.summary),
     )
     counts = job.task_folder("write", shard) / "counts.npy"
@@ -154,6 +152,7 @@ def write_task(job: Job, shard: int) -> TaskResult:
     statistics |= {
         "sources": count_by((origin.source for origin in origins), origins, written.by_document),
         "languages": count_by((origin.language or UNKNOWN for origin in origins), origins, written.by_document),
+        "lengths": count_lengths(written.by_document),
         "shard": entry.model_dump(),
     }
     statistics |= {"engine": written.engine, "checked": written.checked, "note": written.note}
@@ -163,4 +162,6 @@ def write_task(job: Job, shard: int) -> TaskResult:
         job.describe(provenance, entry.provenance_sha256),
         job.describe(counts),
     ]
+    if entry.scores is not None:
+        files.append(job.describe(prefix.with_name(entry.scores), entry.scores_sha256))
     return TaskResult(files, statistics)

@@ -5,7 +5,6 @@ parts of `near_duplicates.against` before them, and writes for each bucket the h
 is kept anywhere is never on that list: exact copies are the write stage's business.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,11 +118,3 @@ def near_settings(job: Job) -> Any:
         return None
     parts = [(folder / PART).read_text() for folder in existing_parts(job)]
     return [section.threshold, section.bands, parts, MinHash().fingerprint]
-
-
-def count_by_input(dropped: Counter[int], job: Job) -> Counter[str]:
-    """Counts by input file as counts by source."""
-    found: Counter[str] = Counter()
-    for file, count in dropped.items():
-        found[job.pipeline.sources[job.plan.inputs[file].source].name] += count
-    return found

@@ -17,6 +17,7 @@ from megatron_joy.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
+SCORES_SUFFIX = ".scores.npy"
 
 Count = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -73,6 +74,10 @@ class ShardEntry(ManifestPart):
     idx_sha256: Sha256
     provenance: FileName | None = Field(None, description="File that says where each document is from.")
     provenance_sha256: Sha256 | None = None
+    scores: FileName | None = Field(
+        None, description="File with float32 [documents, score_columns], as numpy saves it."
+    )
+    scores_sha256: Sha256 | None = None
 
 
 class Provenance(ManifestPart):
@@ -100,6 +105,7 @@ class Manifest(ManifestPart):
     unigram_entropy: float | None = Field(
         None, description="Nats per token of the set's own token frequencies: the loss of knowing nothing else."
     )
+    score_columns: list[str] = Field(default_factory=list, description="What the columns of the shards' scores are.")
     shards: list[ShardEntry]
     provenance: Provenance | None = None
 

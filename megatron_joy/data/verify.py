@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_joy.data.manifest import (
     MANIFEST_NAME,
+    SCORES_SUFFIX,
     TOKENIZER_FOLDER,
     Manifest,
     ShardEntry,
@@ -25,7 +26,7 @@ from megatron_joy.data.shards import ShardReader, bin_path, idx_path
 from megatron_joy.errors import UserError
 
 BLOCK = 1 << 18  # tokens looked at together: a block stays in the processor's cache
-SHARD_ENDINGS = (".bin", ".idx", ".documents.jsonl.zst")
+SHARD_ENDINGS = (".bin", ".idx", ".documents.jsonl.zst", SCORES_SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,23 @@ def _check_provenance(folder: Path, entry: ShardEntry) -> Iterator[Problem]:
             yield Problem(str(path), "documents", str(count), f"{entry.documents} by the manifest")
 
 
+def _check_scores(folder: Path, manifest: Manifest, entry: ShardEntry) -> Iterator[Problem]:
+    if entry.scores is None:
+        return
+    path = folder / entry.scores
+    yield from _check_file(path, None, entry.scores_sha256)
+    if not path.is_file():
+        return
+    expected = (entry.documents, len(manifest.score_columns))
+    try:
+        shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+    except ValueError as error:
+        yield Problem(str(path), "content", str(error), f"numbers {list(expected)}")
+        return
+    if shape != expected:
+        yield Problem(str(path), "documents, columns", str(list(shape)), f"{list(expected)} by the manifest")
+
+
 def check_shard(folder: Path, manifest: Manifest, entry: ShardEntry) -> list[Problem]:
     """All that is wrong with one shard."""
     prefix = folder / entry.name
@@ -152,6 +170,7 @@ def check_shard(folder: Path, manifest: Manifest, entry: ShardEntry) -> list[Pro
         *_check_file(data, entry.bin_bytes, entry.bin_sha256),
         *_check_file(index, entry.idx_bytes, entry.idx_sha256),
         *_check_provenance(folder, entry),
+        *_check_scores(folder, manifest, entry),
     ]
     try:
         reader = ShardReader(prefix)
