@@ -198,6 +198,8 @@ def _model_at(path: Sequence[str | int], table: Any) -> type[Section]:
     """The section that a path of keys leads to."""
     if path[:1] == ("transforms",) and len(path) > 1:
         return KINDS.get(_value_at(table, path[:2]).get("kind"), TransformSection)
+    if path[:1] == ("score",) and "keep" in path[:-1]:
+        return BoundSection
     model: type[Section] = Pipeline
     for part in path:
         found = None if isinstance(part, int) else section_of(model.model_fields[part].annotation)

@@ -70,6 +70,14 @@ def close_accounts(reads: list[dict[str, Any]], writes: list[dict[str, Any]]) ->
     for task in writes:
         later.update({reason: sum(counts.values()) for reason, counts in task["dropped"].items()})
     written = sum(totals["documents"] for task in writes for totals in task["sources"].values())
+    size_in = sum(source["bytes_text"] for task in reads for source in task["sources"].values())
+    size_out = sum(totals["bytes_text"] for task in writes for totals in task["sources"].values())
+    size_dropped = sum(size for task in writes for sizes in task["dropped_bytes"].values() for size in sizes.values())
+    if size_in != size_out + size_dropped:
+        raise WorkError(
+            f"accounts: {size_in} bytes of text read, {size_dropped} dropped, {size_out} written; this is a bug or a "
+            "damaged work folder, the shards are not published"
+        )
     if documents != received or received != later.total() + written:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(later.items()))
         raise WorkError(
@@ -157,7 +165,7 @@ def _gather_quarantine(job: Job) -> Path:
     return path
 
 
-def _gather_samples(job: Job) -> Path:
+def _gather_samples(job: Job, writes: list[dict[str, Any]]) -> Path:
     """A few documents of each transform and reason that went, over all tasks."""
     path = job.folder / SAMPLES_FILE
 
@@ -165,7 +173,7 @@ def _gather_samples(job: Job) -> Path:
         content = (job.task_folder("read", shard) / SAMPLES_FILE).read_bytes()
         return [orjson.loads(line) for line in content.splitlines()]
 
-    rows = merge_samples(part(shard) for shard in range(len(job.plan.tasks)))
+    rows = merge_samples([*map(part, range(len(job.plan.tasks))), *(task["samples"] for task in writes)])
     write_atomically(path, b"".join(orjson.dumps(row) + b"\n" for row in rows))
     return path
 
@@ -185,7 +193,7 @@ def finish_task(job: Job, shard: int) -> TaskResult:
     reads = statistics_of(job, "read", len(job.plan.tasks))
     writes = statistics_of(job, "write", job.plan.buckets.total)
     records, dropped = close_accounts(reads, writes)
-    files = [_gather_quarantine(job), _gather_samples(job)]
+    files = [_gather_quarantine(job), _gather_samples(job, writes)]
     for split in SPLITS:
         if any(task["split"] == split for task in writes):
             files += _publish(job, _manifest(job, split, writes, records, dropped))

@@ -6,7 +6,6 @@ counted under the first reason that applies.
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +17,37 @@ from data_pipeline.engine import Job
 from data_pipeline.score.base import Scores, reasons
 from data_pipeline.score.scorers import bounds_of, column_names
 from data_pipeline.spool import Spooled, read_bucket, shuffled, unique
+from data_pipeline.transform.chain import Sampler
 from megatron_joy.errors import WorkError
 
 EXACT, NEAR, CONTAMINATED = "exact_duplicate", "near_duplicate", "contaminated"
-SAMPLES = 2  # texts of each reason that a task keeps: those with the smallest hashes, which is a random choice
-SAMPLE_BYTES = 600
 SCORES = "scores.npy"
 
 
-@dataclass
 class Losses:
     """What a bucket loses, by reason. documents, bytes: by input file."""
 
-    documents: dict[str, Counter[int]] = field(default_factory=dict)
-    bytes: dict[str, Counter[int]] = field(default_factory=dict)
-    samples: dict[str, list[Spooled]] = field(default_factory=dict)
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._sampler = Sampler()
+        self.documents: dict[str, Counter[int]] = {}
+        self.bytes: dict[str, Counter[int]] = {}
 
     def add(self, reason: str, document: Spooled) -> None:
         """Count a document that goes."""
         self.documents.setdefault(reason, Counter())[document.input] += 1
         self.bytes.setdefault(reason, Counter())[document.input] += len(document.text)
-        kept = self.samples.setdefault(reason, [])
-        kept.append(document)
-        if len(kept) > SAMPLES:
-            kept.sort(key=lambda sample: sample.hash)
-            kept.pop()
+        file = self._job.plan.inputs[document.input]
+        source = self._job.pipeline.sources[file.source].name
+        place = {"source": source, "file": file.path, "offset": document.offset, "url": document.url}
+        self._sampler.add(reason, document.text.decode(), place)
 
-    def as_statistics(self, job: Job) -> dict[str, Any]:
+    def as_statistics(self) -> dict[str, Any]:
         """For a task's record: dropped and dropped_bytes, by reason and source; samples."""
         return {
-            "dropped": {reason: by_source(counts, job) for reason, counts in self.documents.items()},
-            "dropped_bytes": {reason: by_source(counts, job) for reason, counts in self.bytes.items()},
-            "samples": [
-                {"reason": reason, **_sample(sample, job)} for reason, kept in self.samples.items() for sample in kept
-            ],
+            "dropped": {reason: by_source(counts, self._job) for reason, counts in self.documents.items()},
+            "dropped_bytes": {reason: by_source(counts, self._job) for reason, counts in self.bytes.items()},
+            "samples": self._sampler.rows(),
         }
 
 
@@ -61,13 +57,6 @@ def by_source(counts: Counter[int], job: Job) -> dict[str, int]:
     for file, count in counts.items():
         found[job.pipeline.sources[job.plan.inputs[file].source].name] += count
     return dict(sorted(found.items()))
-
-
-def _sample(document: Spooled, job: Job) -> dict[str, Any]:
-    file = job.plan.inputs[document.input]
-    excerpt = document.text[:SAMPLE_BYTES].decode("utf-8", "ignore")
-    source = job.pipeline.sources[file.source].name
-    return {"source": source, "file": file.path, "offset": document.offset, "excerpt": excerpt}
 
 
 def spools_of(job: Job) -> list[Path]:
@@ -96,7 +85,7 @@ def select(job: Job, bucket: int) -> tuple[list[Spooled], Scores | None, Losses]
 
     Raises WorkError when the scores are of another number of documents.
     """
-    losses = Losses()
+    losses = Losses(job)
     found = list(remaining(job, bucket, losses))
     if not job.pipeline.score:
         return shuffled(found, job.pipeline.seed), None, losses

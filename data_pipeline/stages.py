@@ -1,5 +1,5 @@
 """The stages from text to shards: read (read.py), sign, cluster (dedup/), overlap, contamination (decontaminate/),
-score (score/), tokenizer, write (write.py), finish (finish.py).
+tokenizer, score (score/), write (write.py), finish (finish.py).
 
 Each task is a function of the job and its shard.
 """
@@ -137,10 +137,11 @@ STAGES = [
         lambda job: int(job.pipeline.decontaminate.enabled),
         contamination_task,
     ),
+    Stage("tokenizer", "preparing the tokenizer", 1, ("read",), _tokenizer_settings, lambda job: 1, tokenizer_task),
+    # After the tokenizer, which looks at no scores: another scorer does not train it again.
     Stage(
         "score", "scoring documents", 1, ("read", "cluster", "contamination"), score_settings, _score_tasks, score_task
     ),
-    Stage("tokenizer", "preparing the tokenizer", 1, ("read",), _tokenizer_settings, lambda job: 1, tokenizer_task),
     Stage(
         "write",
         "encoding and writing",
@@ -153,7 +154,7 @@ STAGES = [
     Stage(
         "finish",
         "closing the accounts",
-        1,
+        2,
         ("read", "cluster", "contamination", "score", "tokenizer", "write"),
         lambda job: job.plan.pipeline_sha256,
         lambda job: 1,

@@ -128,7 +128,7 @@ def write_task(job: Job, shard: int) -> TaskResult:
     statistics: dict[str, Any] = {
         "split": split,
         "documents_in": len(documents) + sum(counts.total() for counts in losses.documents.values()),
-        **losses.as_statistics(job),
+        **losses.as_statistics(),
         "sources": {},
         "languages": {},
         "shard": None,

@@ -42,10 +42,3 @@ def reasons(columns: Sequence[str], scores: Scores, bounds: Mapping[str, Bounds]
         for number in np.flatnonzero(missed).tolist():
             found[number] = f"score_{name}"
     return found
-
-
-def histogram(values: npt.NDArray[np.float32], bins: int = 20) -> tuple[list[float], list[int], int]:
-    """Edges [bins + 1], counts [bins] and how many scores are missing; for a report."""
-    there = values[np.isfinite(values)]
-    counts, edges = np.histogram(there, bins=bins)
-    return edges.tolist(), counts.tolist(), int(len(values) - len(there))

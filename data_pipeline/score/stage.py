@@ -60,7 +60,7 @@ def score_task(job: Job, shard: int) -> TaskResult:
     """Score what remains of a bucket, in its order."""
     columns = column_names(job.pipeline)
     parts: list[Scores] = [np.zeros((0, len(columns)), dtype=np.float32)]
-    for documents in batched(remaining(job, shard, Losses()), BATCH):
+    for documents in batched(remaining(job, shard, Losses(job)), BATCH):
         parts.append(score_texts(job.pipeline, [document.text.decode() for document in documents]))
     scores = np.concatenate(parts)
     path = scores_path(job, shard)

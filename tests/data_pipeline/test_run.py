@@ -331,9 +331,20 @@ def test_accounts_off_by_one_are_refused_and_nothing_is_published(corpus: Path, 
 def test_accounts_are_counted_by_readers_and_writers_independently() -> None:
     own = {"records": 5, "documents": 4, "bytes_text": 40, "dropped": {"empty": 1}, "transforms": []}
     read = {"sources": {"a": own | {"read": {"documents": 4, "bytes_text": 40}}}}
-    wrote = {"documents_in": 4, "dropped": {"exact_duplicate": {"a": 1}}, "sources": {"a": {"documents": 3}}}
+    wrote: dict[str, Any] = {
+        "documents_in": 4,
+        "dropped": {"exact_duplicate": {"a": 1}},
+        "dropped_bytes": {"exact_duplicate": {"a": 10}},
+        "sources": {"a": {"documents": 3, "bytes_text": 30}},
+    }
     assert close_accounts([read], [wrote]) == (5, Counter(empty=1, exact_duplicate=1))
-    for wrong in ({"documents_in": 5}, {"dropped": {}}, {"sources": {"a": {"documents": 2}}}):
+    for wrong in (
+        {"documents_in": 5},
+        {"dropped": {}},
+        {"sources": {"a": {"documents": 2, "bytes_text": 30}}},
+        {"sources": {"a": {"documents": 3, "bytes_text": 31}}},
+        {"dropped_bytes": {"exact_duplicate": {"a": 9}}},
+    ):
         with pytest.raises(WorkError):
             close_accounts([read], [wrote | wrong])
 

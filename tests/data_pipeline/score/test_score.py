@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from data_pipeline.score.base import Bounds, histogram, reasons
+from data_pipeline.score.base import Bounds, reasons
 from data_pipeline.score.classifier import ClassifierScorer
 from data_pipeline.score.endpoint import EndpointScorer
 from data_pipeline.score.heuristic import HeuristicScorer
@@ -30,11 +30,6 @@ def test_bounds_drop_with_the_first_reason_and_a_missing_score_is_below_everythi
     found = reasons(("quality", "length"), scores, bounds)
     assert found == [None, "score_quality", "score_length", "score_quality"]
     assert reasons(("quality", "length"), scores, {"length": Bounds(least=3.0, below=99.0)})[1] == "score_length"
-
-
-def test_a_histogram_counts_every_score() -> None:
-    edges, counts, missing = histogram(np.array([0, 0.5, 1, np.nan], dtype=np.float32), bins=2)
-    assert (edges, counts, missing) == ([0.0, 0.5, 1.0], [1, 2], 1)
 
 
 def test_heuristics_by_hand() -> None:
