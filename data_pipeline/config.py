@@ -21,7 +21,9 @@ from megatron_joy.recipe.load import read_overrides
 from megatron_joy.recipe.schema import NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 SHIPPED = Path(__file__).parent / "pipelines"
-ReaderName = Literal["jsonl", "text", "code", "python_environment", "markdown", "pages", "parquet", "warc"]
+ReaderName = Literal[
+    "jsonl", "text", "code", "repository", "python_environment", "markdown", "pages", "parquet", "warc"
+]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -38,11 +40,19 @@ class SourceSection(Section):
     licence_field: str | None = Field(None, description="jsonl, pages, parquet: the field with the licence.")
     url_field: str | None = Field(None, description="jsonl, pages, parquet: the field with the URL.")
     suffixes: list[str] = Field(
-        default_factory=list, description="text, markdown, code: endings of file names; none: usual ones."
+        default_factory=list, description="text, markdown, code, repository: file names' endings; none: usual ones."
     )
     part: Literal["standard_library", "package_documentation", "package_sources"] = Field(
         "standard_library", description="python_environment: which text of the running Python."
     )
+    chunk_tokens: PositiveInt | None = Field(
+        None, description="Cut documents at double newlines toward about so many tokens; each part is a record."
+    )
+    document_tokens: PositiveInt = Field(65_536, description="repository: most tokens of a document, about.")
+    ordered_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="repository: share of components whose files stand in the order of their imports."
+    )
+    file_rules: bool = Field(True, description="repository: leave out files by the usual bounds of transform code.")
     licence: str | None = Field(None, description="Licence of documents that name none themselves.")
     max_megabytes: PositiveFloat | None = Field(
         None, description="Take files, chosen by a hash of their paths, up to this size."
@@ -165,9 +175,12 @@ READER_KEYS: dict[str, set[str]] = {
     "markdown": {"paths", "suffixes"},
     "text": {"paths", "suffixes"},
     "code": {"paths", "suffixes"},
+    "repository": {"paths", "suffixes", "document_tokens", "ordered_share", "file_rules"},
     "python_environment": {"part"},
 }
-COMMON_KEYS = {"name", "reader", "licence", "max_megabytes"}
+# Whose records must not be cut, and why.
+UNCUT = {"repository": "has document_tokens for that", "warc": "gives HTML, which has no paragraphs before extraction"}
+COMMON_KEYS = {"name", "reader", "licence", "max_megabytes", "chunk_tokens"}
 
 
 def pipeline_sha256(pipeline: Pipeline) -> str:
@@ -245,6 +258,8 @@ def _source_problems(pipeline: Pipeline) -> Iterator[str]:
             yield f"{key}.name = {format_value(source.name)}: sources.{names.index(source.name)} has it too; rename one"
         for dead in sorted(source.model_fields_set - READER_KEYS[source.reader] - COMMON_KEYS):
             yield f'{key}.{dead}: has no effect with reader = "{source.reader}"; remove it'
+        if source.chunk_tokens and source.reader in UNCUT:
+            yield f'{key}.chunk_tokens: reader = "{source.reader}" {UNCUT[source.reader]}; remove it'
         if "paths" in READER_KEYS[source.reader] and not source.paths:
             yield f'{key}.paths: missing; reader = "{source.reader}" needs files, folders or globs'
         for suffix in source.suffixes:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from data_pipeline.code.licence import LICENCE_FILE
 from data_pipeline.config import Pipeline, SourceSection
 from data_pipeline.environment import environment_files
 from megatron_joy.errors import UserError
@@ -30,6 +31,7 @@ DEFAULT_SUFFIXES = {
     "text": TEXT_SUFFIXES,
     "markdown": (".md", ".markdown", ".mdx"),
     "code": CODE_SUFFIXES,
+    "repository": CODE_SUFFIXES,
     "parquet": (".parquet",),
     "warc": (".warc", ".warc.gz", ".warc.zst"),
 }
@@ -88,13 +90,51 @@ def expand(pattern: str, suffixes: tuple[str, ...]) -> Iterator[str]:
             yield path
 
 
+def repository_files(folder: str, suffixes: tuple[str, ...]) -> list[str]:
+    """What is read of a repository: its files by suffix, and the licences at its root."""
+    licences = (os.path.join(folder, name) for name in os.listdir(folder) if LICENCE_FILE.match(name))
+    plain = (path for path in licences if os.path.isfile(path) and not os.path.islink(path))
+    return sorted({*_walk(folder, suffixes), *plain})
+
+
+def _repository(number: int, folder: str, source: SourceSection) -> InputFile:
+    found = _input(number, folder, folder, source.licence)
+    statuses = [os.stat(path) for path in repository_files(folder, suffixes_of(source))]
+    return replace(
+        found,
+        size=sum(status.st_size for status in statuses),
+        modified_ns=max((status.st_mtime_ns for status in statuses), default=0),
+    )
+
+
+def _repositories_of(number: int, source: SourceSection) -> list[InputFile]:
+    """Each folder that a path or a glob stands for is a repository."""
+    folders: dict[str, None] = {}
+    for pattern in source.paths:
+        found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        kept = [path for path in found if os.path.isdir(path) and not os.path.islink(path)]
+        if not kept:
+            raise UserError(
+                f"sources.{number}.paths: {pattern} matches no folder; give a repository, or a glob of them"
+            )
+        folders |= dict.fromkeys(kept)
+    return [_repository(number, folder, source) for folder in folders]
+
+
+def suffixes_of(source: SourceSection) -> tuple[str, ...]:
+    """The endings of the files that are looked for in a source's folders."""
+    return tuple(source.suffixes) or DEFAULT_SUFFIXES[source.reader]
+
+
 def _files_of(number: int, source: SourceSection) -> list[InputFile]:
     if source.reader == "python_environment":
         return [
             _input(number, file.location, file.path, file.licence or source.licence)
             for file in environment_files(source.part)
         ]
-    suffixes = tuple(source.suffixes) or DEFAULT_SUFFIXES[source.reader]
+    if source.reader == "repository":
+        return _repositories_of(number, source)
+    suffixes = suffixes_of(source)
     paths: dict[str, None] = {}
     for pattern in source.paths:
         before = len(paths)

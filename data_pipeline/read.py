@@ -57,7 +57,7 @@ class _SourceReader:
         self._documents += 1
         self._bytes_text += len(text)
         digest = text_hash(text)
-        self._spool.add(Spooled(digest, number, document.offset, licence, text, document.url, language))
+        self._spool.add(Spooled(digest, number, document.offset, licence, text, document.url, language, document.part))
 
     def statistics(self) -> dict[str, Any]:
         """The accounts."""

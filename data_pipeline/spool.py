@@ -24,7 +24,7 @@ from megatron_joy.errors import WorkError
 
 RUN_BYTES = 64_000_000  # text that a read task gathers before it writes a run
 HASH_BYTES = 16
-HEADER = struct.Struct("<16sIQHHHI")  # hash, input, offset; bytes of licence, URL, language, text
+HEADER = struct.Struct("<16sIQIHHHI")  # hash, input, offset, part; bytes of licence, URL, language, text
 LONGEST_LICENCE, LONGEST_URL = 255, 4096  # bytes
 SPLITS = ("train", "validation")
 SPLIT_SCALE = 2**32
@@ -41,6 +41,7 @@ class Spooled:
     text: bytes
     url: str | None = None
     language: str | None = None
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class SpoolWriter:
         url = (document.url or "").encode()[:LONGEST_URL]
         language = (document.language or "").encode()
         sizes = (len(licence), len(url), len(language), len(document.text))
-        header = HEADER.pack(document.hash, document.input, document.offset, *sizes)
+        header = HEADER.pack(document.hash, document.input, document.offset, document.part, *sizes)
         parts = (header, licence + url + language, document.text)
         self._gathered.setdefault(self._buckets.bucket_of(document.hash), []).extend(parts)
         self._size += len(document.text)
@@ -145,7 +146,9 @@ def _stated(content: bytes) -> str | None:
 def _parse(content: bytes) -> Iterator[Spooled]:
     place = 0
     while place < len(content):
-        digest, file, offset, licence_bytes, url_bytes, language_bytes, text_bytes = HEADER.unpack_from(content, place)
+        digest, file, offset, part, licence_bytes, url_bytes, language_bytes, text_bytes = HEADER.unpack_from(
+            content, place
+        )
         url_start = place + HEADER.size + licence_bytes
         language_start = url_start + url_bytes
         text_start = language_start + language_bytes
@@ -153,7 +156,7 @@ def _parse(content: bytes) -> Iterator[Spooled]:
         url = _stated(content[url_start:language_start])
         language = _stated(content[language_start:text_start])
         place = text_start + text_bytes
-        yield Spooled(digest, file, offset, licence, content[text_start:place], url, language)
+        yield Spooled(digest, file, offset, licence, content[text_start:place], url, language, part)
 
 
 def _read_frames(folder: Path, bucket: int | None) -> Iterator[Spooled]:

@@ -114,7 +114,7 @@ def _score_tasks(job: Job) -> int:
 
 
 STAGES = [
-    Stage("read", "reading inputs", 3, (), read_settings, lambda job: len(job.plan.tasks), read_task),
+    Stage("read", "reading inputs", 4, (), read_settings, lambda job: len(job.plan.tasks), read_task),
     Stage("sign", "signing documents", 1, ("read",), near_settings, _near_tasks, sign_task),
     Stage(
         "cluster",

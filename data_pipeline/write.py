@@ -89,7 +89,7 @@ def origins_of(job: Job, documents: list[Spooled]) -> list[DocumentOrigin]:
         file = job.plan.inputs[document.input]
         size = len(document.text)
         place = (names[file.source], file.path, document.offset, document.licence, document.hash.hex(), size)
-        found.append(DocumentOrigin(*place, document.url, document.language))
+        found.append(DocumentOrigin(*place, document.url, document.language, document.part))
     return found
 
 

@@ -63,7 +63,8 @@ class _Code(Block):
     def apply(self, draft: Draft, counts: Counter[str]) -> str | None:
         language = language_of(draft.path)
         counts[language.name if language else "other"] += 1
-        draft.licence = tagged(draft.text) or draft.licence
+        if language is not None:  # a repository's document begins with one of its files, which can't speak for all
+            draft.licence = tagged(draft.text) or draft.licence
         if self._licences and not is_allowed(draft.licence, self._licences):
             return "licence"
         return verdict(signals_of(draft.text, draft.path), self._bounds)

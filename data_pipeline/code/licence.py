@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 HEAD = 3000  # characters of a file in which a tag is looked for
 _TAG = re.compile(r"SPDX-License-Identifier:\s*\(?([A-Za-z0-9.+\-]+(?:\s+(?:OR|AND|WITH)\s+[A-Za-z0-9.+\-]+)*)")
-_FILES = re.compile(r"^(licen[cs]e|copying|unlicense)([.\-].*)?$", re.IGNORECASE)
+LICENCE_FILE = re.compile(r"^(licen[cs]e|copying|unlicense)([.\-].*)?$", re.IGNORECASE)
 # The one whose first phrase comes first, of those whose phrases are all there; of two at one place the upper.
 _PHRASES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("AGPL-3.0", ("gnu affero general public license", "version 3")),
@@ -60,7 +60,7 @@ def recognised(text: str) -> str | None:
 
 def of_repository(files: Mapping[str, str]) -> str | None:
     """The licence of a repository by its licence files at the root (path -> text); several are joined by AND."""
-    found = {recognised(text) for path, text in files.items() if "/" not in path and _FILES.match(path)}
+    found = {recognised(text) for path, text in files.items() if "/" not in path and LICENCE_FILE.match(path)}
     names = sorted(name for name in found if name)
     return " AND ".join(names) or None
 

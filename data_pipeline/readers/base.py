@@ -7,6 +7,8 @@ from typing import Any
 
 import zstandard
 
+from data_pipeline.code.signals import REASONS as CODE_REASONS
+
 EXCERPT = 160  # bytes of a rejected record that are kept for a person to look at
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BROKEN_STREAM = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
@@ -17,13 +19,15 @@ class Document:
     """text: UTF-8, not blank; url: where known.
 
     offset: where its record is: first byte in the decompressed file; in a .warc.gz the first byte of its gzip member in
-    the file itself, as in CDX indices; in parquet the row.
+    the file itself, as in CDX indices; in parquet the row; of a repository the number of the document. part: which part
+    of its record it is, where records are cut.
     """
 
     text: bytes
     offset: int
     licence: str | None
     url: str | None = None
+    part: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ REASONS = {
     "http_status": "a WARC response that is not 200",
     "not_html": "a WARC record that holds something other than a page",
     "broken_parquet": "a parquet file or row group that cannot be read",
+    **{f"file_{reason}": f"a file of a repository: {meaning}" for reason, meaning in CODE_REASONS.items()},
 }
 
 

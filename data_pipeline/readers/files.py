@@ -13,7 +13,7 @@ from data_pipeline.readers.base import BROKEN_STREAM, BYTE_ORDER_MARK, Document,
 FRONT_MATTER = re.compile(rb"\A(---|\+\+\+)[ \t]*\r?\n(?:.*\r?\n){0,200}?\1[ \t]*(?:\r?\n|\Z)")
 
 
-def _whole_text(stream: BinaryIO, limit: int) -> bytes | Rejected:
+def whole_text(stream: BinaryIO, limit: int) -> bytes | Rejected:
     """A file as one document's bytes, or why it is none."""
     try:
         content = stream.read(limit + 1)
@@ -48,7 +48,7 @@ def whole_file(
     """A reader for which the file, changed, is the document."""
 
     def read(stream: BinaryIO, piece: Piece, source: SourceSection, limit: int) -> Iterator[Record]:
-        content = _whole_text(stream, limit)
+        content = whole_text(stream, limit)
         if isinstance(content, bytes):
             text = change(content)
             content = text if text.decode().strip() else Rejected("empty", 0, excerpt(content))

@@ -21,7 +21,8 @@ class DocumentOrigin:
 
     source: name of the source in the pipeline; file: path inside that source; offset: first byte of its record in the
     (decompressed) file, 0 where the file is one document; licence: where known; sha256: of the text, the first 32
-    hexadecimal digits; bytes_text: length of the text in UTF-8; url, language (ISO 639): where known.
+    hexadecimal digits; bytes_text: length of the text in UTF-8; url, language (ISO 639): where known;
+    part: which part of its record it is, where the pipeline cuts records.
     """
 
     source: str
@@ -32,6 +33,7 @@ class DocumentOrigin:
     bytes_text: int
     url: str | None = None
     language: str | None = None
+    part: int = 0
 
 
 def write_origins(path: Path, origins: Iterable[DocumentOrigin]) -> str:

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import READER_KEYS, SHIPPED, Pipeline, SourceSection, load_pipeline, pipeline_sha256
+from data_pipeline.config import (
+    COMMON_KEYS,
+    READER_KEYS,
+    SHIPPED,
+    Pipeline,
+    SourceSection,
+    load_pipeline,
+    pipeline_sha256,
+)
 from megatron_joy.errors import UserError
 
 
@@ -105,6 +113,4 @@ def test_every_key_has_a_description_and_every_reader_its_keys() -> None:
     for model in (Pipeline, SourceSection):
         for name, info in model.model_fields.items():
             assert info.description or name in SECTIONS, name
-    assert set().union(*READER_KEYS.values()) | {"name", "reader", "licence", "max_megabytes"} == set(
-        SourceSection.model_fields
-    )
+    assert set().union(*READER_KEYS.values()) | COMMON_KEYS == set(SourceSection.model_fields)
