@@ -313,6 +313,8 @@ def _transform_problems(pipeline: Pipeline) -> Iterator[str]:
                 yield f"{key}.sources: no source is called {format_value(name)}; there are {', '.join(known)}"
         for problem in section.problems():
             yield f"{key}.{problem}"
+        if section.languages and not any(before.kind == "language" for before in pipeline.transforms[:number]):
+            yield f'{key}.languages: has no effect without a transform kind = "language" before it; add one'
         own = [source for source in pipeline.sources if not section.sources or source.name in section.sources]
         if section.needs_url and not any(source.reader == "warc" or source.url_field for source in own):
             yield f"{key}: has no effect on sources without URLs; set url_field of a source, or remove it"

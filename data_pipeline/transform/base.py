@@ -52,6 +52,9 @@ class TransformSection(Section):
 
     name: Name | None = Field(None, description="What reports call it; none: its kind.")
     sources: list[str] = Field(default_factory=list, description="Names of the sources that it is for; none: all.")
+    languages: list[str] = Field(
+        default_factory=list, description="Only documents that kind = language found to be in these; none: all."
+    )
 
     @property
     def label(self) -> str:

@@ -21,6 +21,7 @@ class StageAccounts:
 
     documents_in = documents_out + dropped; bytes_in = bytes_kept + bytes_dropped, where bytes_kept is what the
     documents that stay had before and bytes_out what they have after, in UTF-8. counts: the block's own statistics.
+    Documents in languages that the transform is not for pass it unseen and are counted as kept.
     """
 
     name: str
@@ -58,19 +59,21 @@ class Chain:
     """The transforms of one source; `accounts` has a row for each of them."""
 
     def __init__(self, sections: Sequence[TransformSection]) -> None:
-        self._blocks = [block_of(section) for section in sections]
+        self._blocks = [(block_of(section), section.languages) for section in sections]
         self.accounts = [StageAccounts(section.label) for section in sections]
 
     def apply(self, draft: Draft) -> Gone | None:
         """Run a document through; None when it stays (changed in place), else why it goes."""
         size = len(draft.text.encode())
-        for block, account in zip(self._blocks, self.accounts, strict=True):
+        for (block, languages), account in zip(self._blocks, self.accounts, strict=True):
             account.documents_in += 1
             account.bytes_in += size
             before = draft.text
-            reason = block.apply(draft, account.counts)
-            if reason is None and not draft.text.strip():
-                reason = "nothing_left"
+            reason = None
+            if not languages or draft.language in languages:
+                reason = block.apply(draft, account.counts)
+                if reason is None and not draft.text.strip():
+                    reason = "nothing_left"
             if reason is not None:
                 account.dropped[reason] += 1
                 account.bytes_dropped[reason] += size

@@ -5,13 +5,32 @@ from typing import Annotated
 
 from pydantic import Field
 
+from data_pipeline.clean.c4 import C4Section
+from data_pipeline.clean.chinese import ChineseSection
+from data_pipeline.clean.fineweb import FinewebSection
+from data_pipeline.clean.gopher import GopherQualitySection, GopherRepetitionSection
+from data_pipeline.clean.language import LanguageSection
 from data_pipeline.clean.length import LengthSection
+from data_pipeline.clean.urls import UrlBlocklistSection
 from data_pipeline.code.block import CodeSection
 from data_pipeline.extract.html import ExtractSection
 from data_pipeline.extract.normalise import NormaliseSection
 from data_pipeline.transform.base import TransformSection
 
-AnyTransform = Annotated[CodeSection | ExtractSection | LengthSection | NormaliseSection, Field(discriminator="kind")]
+AnyTransform = Annotated[
+    C4Section
+    | ChineseSection
+    | CodeSection
+    | ExtractSection
+    | FinewebSection
+    | GopherQualitySection
+    | GopherRepetitionSection
+    | LanguageSection
+    | LengthSection
+    | NormaliseSection
+    | UrlBlocklistSection,
+    Field(discriminator="kind"),
+]
 
 
 def _kinds() -> dict[str, type[TransformSection]]:
