@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from data_pipeline.accounts import make_ledger
 from data_pipeline.dedup.stage import SIGNATURES
 from data_pipeline.engine import WORK, Job, OutputFile, TaskResult, statistics_of
-from data_pipeline.read import QUARANTINE, SAMPLES_FILE
+from data_pipeline.read import QUARANTINE
 from data_pipeline.score.scorers import column_names
 from data_pipeline.spool import SPLITS
 from data_pipeline.tokenizer import COPIED_FILES
@@ -20,6 +21,7 @@ from data_pipeline.transform.chain import account_problems, merge_samples
 from data_pipeline.write import UNKNOWN
 from megatron_joy import __version__
 from megatron_joy.data.atomic import atomic_file, write_atomically
+from megatron_joy.data.ledger import SAMPLES_NAME, write_ledger
 from megatron_joy.data.manifest import (
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
@@ -167,10 +169,10 @@ def _gather_quarantine(job: Job) -> Path:
 
 def _gather_samples(job: Job, writes: list[dict[str, Any]]) -> Path:
     """A few documents of each transform and reason that went, over all tasks."""
-    path = job.folder / SAMPLES_FILE
+    path = job.folder / SAMPLES_NAME
 
     def part(shard: int) -> list[dict[str, Any]]:
-        content = (job.task_folder("read", shard) / SAMPLES_FILE).read_bytes()
+        content = (job.task_folder("read", shard) / SAMPLES_NAME).read_bytes()
         return [orjson.loads(line) for line in content.splitlines()]
 
     rows = merge_samples([*map(part, range(len(job.plan.tasks))), *(task["samples"] for task in writes)])
@@ -194,6 +196,7 @@ def finish_task(job: Job, shard: int) -> TaskResult:
     writes = statistics_of(job, "write", job.plan.buckets.total)
     records, dropped = close_accounts(reads, writes)
     files = [_gather_quarantine(job), _gather_samples(job, writes)]
+    files.append(write_ledger(job.folder, make_ledger(job, reads, writes)))
     for split in SPLITS:
         if any(task["split"] == split for task in writes):
             files += _publish(job, _manifest(job, split, writes, records, dropped))

@@ -13,9 +13,9 @@ from data_pipeline.spool import Spooled, SpoolWriter, spool_paths, text_hash, wr
 from data_pipeline.transform.base import Draft
 from data_pipeline.transform.chain import Chain, Sampler, content_digest, sections_for
 from megatron_joy.data.atomic import atomic_file, write_atomically
+from megatron_joy.data.ledger import SAMPLES_NAME
 
 QUARANTINE = "quarantine.jsonl"
-SAMPLES_FILE = "dropped_samples.jsonl"
 
 
 class _SourceReader:
@@ -75,7 +75,7 @@ def read_task(job: Job, shard: int) -> TaskResult:
     """Read the pieces of one task. Documents go into buckets; what is none, and what a transform drops, is counted."""
     folder = job.task_folder("read", shard)
     data, index = spool_paths(folder)
-    quarantine, samples = folder / QUARANTINE, folder / SAMPLES_FILE
+    quarantine, samples = folder / QUARANTINE, folder / SAMPLES_NAME
     sampler = Sampler()
     with atomic_file(data) as stream, atomic_file(quarantine) as aside:
         spool = SpoolWriter(stream, job.plan.buckets)

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from data_pipeline.run import EXECUTORS, LATER_EXECUTORS, Outcome, available_cpus, run_pipeline, serve_as_rank
 from megatron_joy.data.inspect import SetReport, document_report, report_set
+from megatron_joy.data.ledger import LEDGER_NAME, Step, load_ledger
 from megatron_joy.data.manifest import load_manifest
 from megatron_joy.data.verify import Verification, shard_sets, verify
 from megatron_joy.errors import UserError
@@ -115,14 +116,41 @@ def _verify_with_progress(folder: Path) -> Verification:
         return verify(folder, available_cpus(), lambda entry: progress.advance(bar))
 
 
-@app.command("stats", epilog="Example: joy data stats data/demo --json")
-def stats_command(folder: Folder, as_json: Json = False) -> None:
+@app.command("stats", epilog="Example: joy data stats data/demo --html data/demo/report.html")
+def stats_command(
+    folder: Folder,
+    page: Annotated[
+        Path | None, typer.Option("--html", metavar="PAGE", help="Write a page with charts and samples of what went.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """What a shard set holds and what became of every record that was read."""
+    if page is not None:
+        from megatron_joy.report.data_page import write_data_page
+
+        print(f"report: {write_data_page(folder, page)}", file=sys.stderr)
     reports = [report_set(path) for path in shard_sets(folder)]
     if as_json:
         _print_json([asdict(report) for report in reports])
-    else:
-        _print_reports(reports)
+        return
+    if (folder / LEDGER_NAME).is_file():
+        Console().print(_steps(load_ledger(folder).steps))
+    _print_reports(reports)
+
+
+def _steps(steps: list[Step]) -> Table:
+    """What each step of a pipeline let through, and why the rest went."""
+    table = Table(title="step by step", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("step", "", "documents", "MB of text"):
+        table.add_column(name, justify="right" if name[:1] in "dM" and name else "left")
+    for step in steps:
+        taken = "" if step.bytes_in is None else f"{step.bytes_in / 1e6:,.1f}"
+        table.add_row(step.name, "takes", f"{step.documents_in:,}", taken)
+        for reason, count in step.dropped.items():
+            size = step.bytes_dropped.get(reason)
+            table.add_row("", f"- {reason}", f"{count:,}", "" if size is None else f"{size / 1e6:,.1f}")
+        table.add_row("", "lets through", f"{step.documents_out:,}", f"{step.bytes_out / 1e6:,.1f}", style="bold")
+    return table
 
 
 def _print_reports(reports: list[SetReport]) -> None:
