@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_joy.recipe.ledger import Ledger, first_sample
 from megatron_joy.recipe.timetable import Timetable
 
 
@@ -40,9 +41,9 @@ def micro_batch_indices(step: int, shape: BatchShape, data_parallel_rank: int) -
 
 
 def planned_indices(
-    step: int, timetable: Timetable, data_parallel_size: int, data_parallel_rank: int
+    step: int, timetable: Timetable, ledger: Ledger, data_parallel_size: int, data_parallel_rank: int
 ) -> list[list[int]]:
-    """`deal` for step `step` (from 0) of a run's timetable."""
+    """`deal` for step `step` (from 0) of a run's timetable and ledger."""
     plan = timetable.at(step + 1)
     shape = BatchShape(plan.global_batch_size, plan.stage.micro_batch_size, data_parallel_size)
-    return deal(plan.first_sample, shape, data_parallel_rank)
+    return deal(first_sample(ledger, timetable, step + 1), shape, data_parallel_rank)

@@ -88,6 +88,13 @@ class SampleStream:
         self.tokenizer_sha256 = tokenizer.sha256
         self._seed = seed
         self._orders = {lane: SourceOrder(seed, x.fingerprint, x.samples) for lane, x in self._lanes.items()}
+        self.follow(ledger)
+
+    def follow(self, ledger: Ledger) -> None:
+        """Goes by this ledger from now on: the one so far, or what a guard made of it. No sample may be being read.
+
+        Raises UserError for a source at a length that the run's plan gave none of its text.
+        """
         self._blend = Blend(
             [
                 BlendSegment(x.start, {(label, x.sequence_length): weight for label, weight in x.blend})

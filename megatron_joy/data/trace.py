@@ -1,7 +1,8 @@
 """From a step back to the documents it was trained on: the arithmetic of the sample order, run once more.
 
-Nothing is logged during training for this. A run's recipe and its manifests are enough, for any step, also one that
-was never run. Steps count from 1 here, as in metrics.jsonl.
+Nothing is logged during training for this. A run's recipe, its ledger and its manifests are enough, for any step, also
+one that was never run. Where a guard went back and left samples out, a step's documents are those of its second time.
+Steps count from 1 here, as in metrics.jsonl.
 """
 
 from collections.abc import Sequence
@@ -42,12 +43,13 @@ def trace(run_folder: Path | str, step: int, rank: int | None = None) -> list[di
     if rank is not None and not 0 <= rank < ranks:
         raise UserError(f"--rank {rank}: the run has data-parallel ranks 0 to {ranks - 1}; name one of them")
     timetable = Timetable(recipe)
-    stream = SampleStream(recipe.data, recipe.seed, "train", read_ledger(Path(run_folder)) or begin(recipe))
+    ledger = read_ledger(Path(run_folder)) or begin(recipe)
+    stream = SampleStream(recipe.data, recipe.seed, "train", ledger)
     try:
         return [
             {"step": step, "rank": data_rank, "micro_batch": m, "row": row, **part}
             for data_rank in (range(ranks) if rank is None else [rank])
-            for m, samples in enumerate(planned_indices(step - 1, timetable, ranks, data_rank))
+            for m, samples in enumerate(planned_indices(step - 1, timetable, ledger, ranks, data_rank))
             for row, k in enumerate(samples)
             for part in trace_sample(stream, k)
         ]

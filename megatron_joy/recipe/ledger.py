@@ -1,13 +1,15 @@
-"""The ledger of a run: which blends it was trained on, from which step each, and what the recipe says of the rest.
+"""The ledger of a run: which samples its updates have, and which updates a guard left out.
 
-Sample k of a run follows from the ledger. An entry says what the recipe planned from its step on; an entry holds until
-the next one begins. A recipe whose blend was edited adds an entry on resume, so what is done stays what it was, and
-every source goes on where it stopped. Checkpoints keep the ledger; the run's folder has a copy for readers.
+Sample k of a run follows from the ledger, and so does the first sample of update u. An entry says what the recipe
+planned from its step on; it holds until the next one begins. There are three reasons for a new one: the run begins, a
+recipe whose blend was edited goes on, or a guard goes back to before a spike and leaves its samples out. In each case
+what was read stays what it was, and every source goes on where it stopped. Checkpoints keep the ledger; the run's
+folder has a copy, which is written before a guard's decision is carried out.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -32,18 +34,29 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Entry:
-    """What was planned after `from_step` updates, which had `from_sample` samples."""
+    """What was planned after `from_step` updates: the next one's first sample is `from_sample`.
+
+    skipped: updates from then on that were computed and not made, by number. reason: why a guard made this entry; empty
+    for the recipe's own.
+    """
 
     from_step: int
     from_sample: int
     stretches: tuple[Stretch, ...]
+    skipped: tuple[int, ...] = ()
+    reason: str = ""
 
 
-Ledger = tuple[Entry, ...]
+Ledger = tuple[Entry, ...]  # in the order in which the entries were made; their samples ascend, their steps may not
 
 
-def begin(recipe: Recipe, step: int = 0) -> Ledger:
-    """The ledger of a run that follows this recipe after `step` updates."""
+def begin(recipe: Recipe) -> Ledger:
+    """The ledger of a run that follows this recipe from its start."""
+    return (Entry(0, 0, _planned(recipe, 0, 0)),)
+
+
+def _planned(recipe: Recipe, step: int, sample: int) -> tuple[Stretch, ...]:
+    """The recipe's stretches after `step` updates where the next one's first sample is `sample`."""
     timetable = Timetable(recipe)
     first = timetable.samples_before(step)
     stretches: list[Stretch] = []
@@ -57,16 +70,84 @@ def begin(recipe: Recipe, step: int = 0) -> Ledger:
             stretches[-1] = Stretch(last.start, end - last.start, last.sequence_length, last.blend)
         else:
             stretches.append(Stretch(start, end - start, stage.sequence_length, stage.blend))
-    return (Entry(step, first, tuple(stretches)),)
+    return tuple(replace(stretch, start=stretch.start + sample - first) for stretch in stretches)
+
+
+def entry_of(ledger: Ledger, update: int) -> Entry:
+    """The entry that update `update` (from 1) follows: the newest that begins before it."""
+    return next(entry for entry in reversed(ledger) if entry.from_step < update)
+
+
+def first_sample(ledger: Ledger, timetable: Timetable, update: int) -> int:
+    """The first sample of an update: the timetable's, moved by what was left out before it."""
+    entry = entry_of(ledger, update)
+    return entry.from_sample + timetable.samples_before(update - 1) - timetable.samples_before(entry.from_step)
+
+
+def is_skipped(ledger: Ledger, update: int) -> bool:
+    """Whether an update was, or is to be, computed and not made."""
+    return update in entry_of(ledger, update).skipped
+
+
+def with_skipped(ledger: Ledger, update: int) -> Ledger:
+    """The ledger with one update more that isn't made."""
+    mine = entry_of(ledger, update)
+    changed = replace(mine, skipped=tuple(sorted({*mine.skipped, update})))
+    return tuple(changed if entry is mine else entry for entry in ledger)
+
+
+def skipped_updates(ledger: Ledger) -> list[int]:
+    """The updates that are not made, ascending; those that a later going back has undone are not among them."""
+    return sorted(update for entry in ledger for update in entry.skipped if entry_of(ledger, update) is entry)
+
+
+def rollbacks(ledger: Ledger) -> int:
+    """How often a guard went back."""
+    return sum(bool(entry.reason) for entry in ledger)
+
+
+def with_rollback(ledger: Ledger, recipe: Recipe, first: int, last: int, reason: str) -> Ledger:
+    """The ledger after going back to before update `first` and leaving out all samples up to update `last`'s.
+
+    Updates before `first` are made again as they were; `first` goes on with what `last`'s successor would have read.
+    """
+    timetable = Timetable(recipe)
+    sample = first_sample(ledger, timetable, last) + timetable.at(last).global_batch_size
+    return (*ledger, Entry(first - 1, sample, _planned(recipe, first - 1, sample), reason=reason))
+
+
+def follows(ledger: Ledger, recipe: Recipe) -> bool:
+    """Whether the newest entry is what the recipe plans from there on."""
+    newest = ledger[-1]
+    planned = _planned(recipe, newest.from_step, newest.from_sample)
+    return bool(planned) and _order(newest.stretches, 0) == _order(planned, 0)
+
+
+def decides_after(ledger: Ledger, step: int) -> bool:
+    """Whether a guard's decision changes anything after the first `step` updates."""
+    back = any(entry.reason and entry.from_step >= step for entry in ledger)
+    return back or any(update > step for update in skipped_updates(ledger))
 
 
 def go_on(ledger: Ledger, recipe: Recipe, step: int) -> Ledger:
-    """The ledger for going on after `step` updates under a recipe: the same, or with an entry more."""
-    (planned,) = begin(recipe, step)
-    if not planned.stretches or _order(in_force(ledger), planned.from_sample) == _order(planned.stretches, 0):
+    """The ledger for going on after `step` updates under a recipe: the same, or with an entry more.
+
+    A guard's decisions about later updates hold as long as the recipe is the one that they were made under; an edit
+    makes these updates other ones.
+    """
+    if decides_after(ledger, step) and follows(ledger, recipe):
+        return ledger
+    ledger = tuple(
+        replace(entry, skipped=tuple(update for update in entry.skipped if update <= step))
+        for i, entry in enumerate(ledger)
+        if i == 0 or not (entry.reason and entry.from_step >= step)
+    )
+    sample = first_sample(ledger, Timetable(recipe), step + 1)
+    stretches = _planned(recipe, step, sample)
+    if not stretches or _order(in_force(ledger), sample) == _order(stretches, 0):
         return ledger
     kept = tuple(entry for entry in ledger if entry.from_step < step)
-    return (*kept, planned)
+    return (*kept, Entry(step, sample, stretches))
 
 
 def _order(stretches: Sequence[Stretch], first: int) -> list[tuple[int, int, Shares]]:
@@ -79,7 +160,7 @@ def _order(stretches: Sequence[Stretch], first: int) -> list[tuple[int, int, Sha
 
 
 def in_force(ledger: Ledger) -> list[Stretch]:
-    """Each entry's stretches as far as they came to pass, or will: cut where the next entry begins."""
+    """Each entry's stretches as far as they were read, or will be: cut where the next entry begins."""
     found: list[Stretch] = []
     for entry, after in zip(ledger, (*ledger[1:], None), strict=True):
         for stretch in entry.stretches:
@@ -129,6 +210,8 @@ def from_json(value: Any) -> Ledger:
                     )
                     for stretch in entry["stretches"]
                 ),
+                tuple(int(update) for update in entry["skipped"]),
+                str(entry["reason"]),
             )
             for entry in value
         )

@@ -103,6 +103,7 @@ def _loader(recipe: Recipe, process: Process, stream: SampleStream, done: int) -
     deal = partial(
         planned_indices,
         timetable=Timetable(recipe),
+        ledger=ledger,
         data_parallel_size=recipe.layout.data_parallel_size,
         data_parallel_rank=process.groups.dp.rank(),
     )

@@ -14,7 +14,7 @@ from megatron_joy.data.stream import SampleStream
 from megatron_joy.data.trace import trace
 from megatron_joy.errors import UserError
 from megatron_joy.recipe import dump_recipe, load_recipe
-from megatron_joy.recipe.ledger import LEDGER_FILE, Ledger, as_json, begin, go_on
+from megatron_joy.recipe.ledger import LEDGER_FILE, Ledger, as_json, begin, first_sample, go_on, with_rollback
 from megatron_joy.recipe.schema import Recipe
 from megatron_joy.recipe.timetable import Timetable
 from tests.data.tiny_shards import recipe_table, some_texts, write_shard_set
@@ -105,6 +105,30 @@ def test_no_token_is_read_twice_before_all_of_its_share_are(folder: Path, edits:
         for counts in by_length.values():
             assert max(counts) - min(counts) <= 1
             assert min(counts) >= (0 if edits else 1)
+
+
+def test_a_rollback_leaves_out_its_samples_and_repeats_none(folder: Path) -> None:
+    """Updates 55 to 65, over the border of two stages, and again 62 to 70: what is read and left out is all there is."""
+    recipe = make(folder)
+    timetable, ledger = Timetable(recipe), begin(recipe)
+    left_out: list[range] = []
+    for first, last in ((55, 65), (62, 70)):
+        start = first_sample(ledger, timetable, first)
+        ledger = with_rollback(ledger, recipe, first, last, "a spike")
+        left_out.append(range(start, first_sample(ledger, timetable, first)))
+    run = run_folder(folder, recipe, ledger)
+    steps = {step: {row["sample"] for row in trace(run, step)} for step in range(50, 90)}
+    for step, samples in steps.items():
+        assert len(samples) == timetable.at(step).global_batch_size
+        assert not any(k in span for k in samples for span in left_out)
+    total = max(steps[89]) + 1
+    stream = SampleStream(recipe.data, recipe.seed, "train", ledger)
+    places = [stream.place(k) for k in range(total)]
+    # Sources go on over the samples left out as if these had been read: no reading is lost, none comes twice.
+    assert len({(p.source, p.epoch, p.index, p.sequence_length) for p in places}) == total
+    plain = SampleStream(recipe.data, recipe.seed, "train", begin(recipe))
+    assert places[: left_out[0].stop] == [plain.place(k) for k in range(left_out[0].stop)]
+    assert [stream.sample_number(p.source, p.epoch, p.index, p.sequence_length) for p in places] == list(range(total))
 
 
 def test_what_was_read_before_an_edit_is_what_would_have_been(folder: Path) -> None:

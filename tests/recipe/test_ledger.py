@@ -12,11 +12,18 @@ from megatron_joy.recipe.ledger import (
     as_json,
     begin,
     check_history,
+    first_sample,
     from_json,
     go_on,
     in_force,
+    is_skipped,
     planned_tokens,
+    rollbacks,
+    skipped_updates,
+    with_rollback,
+    with_skipped,
 )
+from megatron_joy.recipe.timetable import Timetable
 
 BASE = "joyai_tiny_stages"
 OLD, NEW = (("code", 0.75), ("prose", 0.25)), (("code", 0.25), ("prose", 0.75))
@@ -77,6 +84,7 @@ def test_planned_tokens_are_those_of_the_entry_that_named_the_source_first() -> 
 
 def test_a_ledger_comes_back_from_json() -> None:
     ledger = go_on(begin(load_recipe(BASE)), load_recipe(BASE, [EDIT]), 15)
+    ledger = with_skipped(with_rollback(ledger, load_recipe(BASE, [EDIT]), 17, 18, "a spike"), 21)
     assert from_json(json.loads(json.dumps(as_json(ledger)))) == ledger
     for damaged in (None, [{}], [{"from_step": "x"}], 3):
         with pytest.raises(UserError, match="not a run's ledger"):
@@ -127,3 +135,61 @@ def test_today_s_batch_and_length_are_held_in_a_run_of_one_stage_too() -> None:
         with pytest.raises(UserError, match="update 1 was trained with 8 x 256 tokens"):
             check_history(load_recipe("joyai_tiny"), load_recipe("joyai_tiny", [override]), 7)
         check_history(load_recipe("joyai_tiny"), load_recipe("joyai_tiny", [override]), 0)
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [[(7, 7)], [(10, 14)], [(27, 30), (31, 40)], [(12, 15), (13, 14), (9, 20)], [(40, 48), (40, 48)]],
+    ids=["one update", "over two stages", "over two blends", "overlapping", "the end, twice"],
+)
+def test_a_rollback_leaves_out_exactly_the_samples_of_its_updates(spans: list[tuple[int, int]]) -> None:
+    """Against a run that is played through: a cursor that reads on, whatever update it reads for."""
+    recipe = load_recipe(BASE)
+    timetable, ledger = Timetable(recipe), begin(recipe)
+    cursor, read, update = 0, dict[int, int](), 0
+    for first, last in [*spans, (None, timetable.steps)]:
+        while update < last:
+            update += 1
+            read[update] = cursor
+            cursor += timetable.at(update).global_batch_size
+        if first is not None:
+            ledger, update = with_rollback(ledger, recipe, first, last, "a spike"), first - 1
+    assert {u: first_sample(ledger, timetable, u) for u in read} == read
+    assert rollbacks(ledger) == len(spans)
+    reading = in_force(ledger)
+    for number, sample in read.items():
+        stage = timetable.at(number).stage
+        stretch = max((x for x in reading if x.start <= sample), key=lambda x: x.start)
+        assert (stretch.sequence_length, stretch.blend) == (stage.sequence_length, stage.blend)
+
+
+def test_skipped_updates_are_kept_and_those_that_a_rollback_undoes_are_not() -> None:
+    recipe = load_recipe(BASE)
+    ledger = with_skipped(with_skipped(with_skipped(begin(recipe), 20), 5), 22)
+    assert skipped_updates(ledger) == [5, 20, 22]
+    ledger = with_skipped(with_rollback(ledger, recipe, 21, 23, "a spike"), 24)
+    assert skipped_updates(ledger) == [5, 20, 24]
+    assert [update for update in range(1, 49) if is_skipped(ledger, update)] == [5, 20, 24]
+
+
+@pytest.mark.parametrize("done", [6, 12, 14, 15, 30])
+def test_decisions_hold_after_any_checkpoint(done: int) -> None:
+    recipe = load_recipe(BASE)
+    ledger = with_skipped(with_rollback(begin(recipe), recipe, 13, 14, "a spike"), 20)
+    assert go_on(ledger, recipe, done) == ledger
+
+
+def test_an_edit_forgets_decisions_about_updates_that_it_changes_and_keeps_earlier_ones() -> None:
+    recipe, edited = load_recipe(BASE), load_recipe(BASE, [EDIT])
+    ledger = with_skipped(with_rollback(with_skipped(begin(recipe), 3), recipe, 13, 14, "a spike"), 20)
+    before = go_on(ledger, edited, 12)
+    assert [(entry.from_step, entry.from_sample, entry.skipped) for entry in before] == [(0, 0, (3,)), (12, 144, ())]
+    after = go_on(ledger, edited, 16)
+    assert [(entry.from_step, entry.reason, entry.skipped) for entry in after] == [
+        (0, "", (3,)),
+        (12, "a spike", ()),
+        (16, "", ()),
+    ]
+    # Two updates of 16 samples were left out: update 17 begins 4 x 16 samples after the stage and these.
+    assert after[-1].from_sample == 144 + 2 * 16 + 4 * 16
+    assert go_on(after, edited, 18) == after
