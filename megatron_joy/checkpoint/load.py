@@ -1,7 +1,7 @@
 """Reading a checkpoint back into a model and its optimizer, under any layout."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,18 @@ from megatron_joy.platform.process import Process
 NAMED = 3  # keys that an error lists
 
 
-def choose(folder: Path, process: Process) -> Choice:
+def choose(folder: Path, process: Process, unless: Callable[[Checkpoint], str | None] = lambda _: None) -> Choice:
     """The newest whole checkpoint under a run's `checkpoints`, the same on all ranks, which call this together.
 
     Every file's content is checked, each rank reading its share. `notes` has a line for each folder passed over.
+    unless: why a checkpoint that may be whole is not to be taken, in words, or None.
     """
     notes: list[str] = []
     for path in together(lambda: candidates(folder) if process.is_first_rank else [])[0]:
         found = read_candidate(path)
+        if isinstance(found, Checkpoint) and (reason := unless(found)):
+            notes.append(f"checkpoint {path.name} is passed over: {reason}")
+            continue
         shares = together(partial(_problems_in_share, found, process))
         problems = list(dict.fromkeys(problem for share in shares for problem in share))
         if isinstance(found, Checkpoint) and not problems:

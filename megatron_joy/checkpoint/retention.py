@@ -1,6 +1,7 @@
 """Which checkpoints stay. The newest whole one always does, and so does one that somebody reads."""
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +41,14 @@ def prune(folder: Path, keep_last: int, attempt: int | None = None) -> Pruned:
         else:
             _remove(path, done)
     for path in _leftovers(folder, present):
+        _remove(path, done)
+    return done
+
+
+def discard(paths: Iterable[Path]) -> Pruned:
+    """Removes these checkpoints, which nobody may go on from any more. One process calls this."""
+    done = Pruned()
+    for path in paths:
         _remove(path, done)
     return done
 

@@ -58,6 +58,8 @@ class Moot:
 
 
 OF_ONE_STAGE = ("peak_lr", "final_lr", "warmup_steps", "decay_steps", "decay_shape")
+SPIKE_KEYS = ("spike_loss", "spike_grad_norm", "spike_window")
+ROLLBACK_KEYS = ("spike_span", "max_rollbacks")
 MUON_KEYS = ("momentum", "nesterov", "coefficients", "steps", "update_rms", "dtype")
 
 # In this order: the pipeline's cuts look at VPP after VPP itself may have gone.
@@ -135,6 +137,45 @@ MOOT: tuple[Moot, ...] = (
             "no matrix is on Muon",
         )
         for key in MUON_KEYS
+    ),
+    *(
+        Moot(
+            f"guards.{key}",
+            ("guards.spike",),
+            lambda recipe: recipe.guards.spike == "off",
+            "no spike is looked for",
+        )
+        for key in SPIKE_KEYS
+    ),
+    *(
+        Moot(
+            f"guards.{key}",
+            ("guards.spike",),
+            lambda recipe: recipe.guards.spike != "rollback",
+            "the run never goes back",
+        )
+        for key in ROLLBACK_KEYS
+    ),
+    *(
+        Moot(
+            f"guards.{key}",
+            ("guards.nonfinite", "guards.spike"),
+            lambda recipe: recipe.guards.nonfinite == "stop" and recipe.guards.spike not in ("skip", "rollback"),
+            "no update is left out",
+        )
+        for key in ("max_skipped_in_a_row", "max_skipped")
+    ),
+    Moot(
+        "guards.straggler_interval",
+        ("layout.data_parallel_size",),
+        lambda recipe: recipe.layout.world_size == 1,
+        "one rank has no other to be slower than",
+    ),
+    Moot(
+        "guards.straggler_factor",
+        ("guards.straggler_interval",),
+        lambda recipe: recipe.guards.straggler_interval == 0,
+        "ranks are not compared",
     ),
 )
 

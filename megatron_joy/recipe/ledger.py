@@ -123,6 +123,14 @@ def follows(ledger: Ledger, recipe: Recipe) -> bool:
     return bool(planned) and _order(newest.stretches, 0) == _order(planned, 0)
 
 
+def outdated(then: Ledger, step: int, now: Ledger) -> bool:
+    """Whether a checkpoint of `step` updates with ledger `then` has updates that the run has gone back on since."""
+    known = {(entry.from_step, entry.from_sample) for entry in then}
+    return any(
+        entry.reason and entry.from_step < step and (entry.from_step, entry.from_sample) not in known for entry in now
+    )
+
+
 def decides_after(ledger: Ledger, step: int) -> bool:
     """Whether a guard's decision changes anything after the first `step` updates."""
     back = any(entry.reason and entry.from_step >= step for entry in ledger)
@@ -224,10 +232,19 @@ def from_json(value: Any) -> Ledger:
 def read_ledger(run_folder: Path) -> Ledger | None:
     """The ledger in a run's folder, None where there is none yet. Raises UserError for a damaged one."""
     path = run_folder / LEDGER_FILE
+    return load_ledger(path) if path.is_file() else None
+
+
+def load_ledger(path: Path) -> Ledger:
+    """The ledger in a file. Raises UserError when there is none, or a damaged one."""
     try:
-        return from_json(json.loads(path.read_bytes())) if path.is_file() else None
+        return from_json(json.loads(path.read_bytes()))
+    except OSError as error:
+        raise UserError(f"guards.ledger: {path} can't be read ({error.strerror}); name a run's {LEDGER_FILE}") from None
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); resume the run once, which writes it again") from None
+        raise UserError(
+            f"{path}: not JSON ({error}); move it away: the run goes on with the newest checkpoint's"
+        ) from None
 
 
 def check_history(old: Recipe, new: Recipe, done: int) -> None:

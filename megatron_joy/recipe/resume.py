@@ -55,6 +55,9 @@ MAY_CHANGE: dict[str, bool] = {
     # As the sequence length, by `ledger.check_history`.
     "train.global_batch_size": True,
     "checkpoint": True,
+    # Decisions that are made stay made: the ledger keeps them. What a run began with it can't begin with again.
+    "guards": True,
+    "guards.ledger": False,
     "run": True,
 }
 

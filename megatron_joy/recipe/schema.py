@@ -226,6 +226,48 @@ class CheckpointSection(Section):
     keep_last: PositiveInt = Field(3, description="How many of the newest whole checkpoints to keep.")
 
 
+class GuardsSection(Section):
+    """What is watched while a run trains, and what is done when something is wrong (docs/guards.md)."""
+
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="A NaN or infinite loss or gradient: stop the run, or leave that update out and go on."
+    )
+    spike: Literal["off", "warn", "skip", "rollback"] = Field(
+        "warn",
+        description="A spike: say so, leave that update out, or go back to a checkpoint and leave its samples out.",
+    )
+    spike_loss: NonNegativeFloat = Field(
+        10.0, description="A loss so many robust deviations above the window's median is a spike; 0: not looked at."
+    )
+    spike_grad_norm: NonNegativeFloat = Field(
+        20.0, description="A gradient norm so many robust deviations above the median is a spike; 0: not looked at."
+    )
+    spike_window: Annotated[int, Field(ge=4)] = Field(
+        128, description="Updates that a spike is held against; with fewer in the stage none is told."
+    )
+    spike_span: PositiveInt = Field(
+        8, description="Updates whose samples a rollback leaves out: the spike's and those before it."
+    )
+    max_skipped_in_a_row: PositiveInt = Field(3, description="Updates left out one after the other that stop the run.")
+    max_skipped: PositiveInt = Field(100, description="Updates left out in all that stop the run.")
+    max_rollbacks: PositiveInt = Field(3, description="Times that a run goes back; the next spike stops it.")
+    recheck_interval: NonNegativeInt = Field(
+        0, description="Steps between updates that are computed twice and compared bit by bit; 0: never."
+    )
+    straggler_interval: NonNegativeInt = Field(
+        100, description="Steps between looks at which rank is slow, and in what; 0: never."
+    )
+    straggler_factor: Annotated[float, Field(gt=1)] = Field(
+        1.5, description="A rank that takes so many times the median of all ranks is slow."
+    )
+    statistics_interval: NonNegativeInt = Field(
+        0, description="Steps between rows of statistics.jsonl: gradients and activations of each layer; 0: never."
+    )
+    ledger: str | None = Field(
+        None, description="ledger.json of another run, whose left-out updates and samples this one repeats."
+    )
+
+
 class RunSection(Section):
     """Where a run lives."""
 
@@ -295,6 +337,7 @@ class Recipe(Section):
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     train: TrainSection
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    guards: GuardsSection = Field(default_factory=GuardsSection)
     run: RunSection = Field(default_factory=RunSection)
     stages: list[StageSection] = Field(
         default_factory=list, description="What the run goes through, in order; none: one stage by [schedule]."

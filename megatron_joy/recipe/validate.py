@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from .derive import MOOT, layer_counts_fit, nearest_split
 from .dump import format_value
 from .fields import value_at
+from .guard_rules import rollback_needs_checkpoints, spike_signals
 from .schema import FP8_PARTS, Fp8Part, Recipe, SourceEntry
 from .stage_rules import stage_problems, stage_views, sum_problem
 
@@ -374,6 +375,8 @@ RULES: tuple[Rule, ...] = (
         ),
         _validation_batch,
     ),
+    Rule(("guards.spike", "guards.spike_loss", "guards.spike_grad_norm"), spike_signals),
+    Rule(("guards.spike", "checkpoint.interval", "train.steps"), rollback_needs_checkpoints),
     Rule(("data.train",), lambda recipe: blend_problem("data.train", recipe.data.train)),
     Rule(("data.validation",), lambda recipe: blend_problem("data.validation", recipe.data.validation)),
 )

@@ -117,7 +117,8 @@ def read_metrics(path: Path, cuts: Mapping[int, int] | None = None, progress: Pr
 
 
 def winners(step: NDArray[np.int64], attempt: NDArray[np.int64], cuts: Mapping[int, int]) -> NDArray[np.bool_]:
-    """Which lines count, as a mask [lines]: those that no later attempt, or later line of the same step, replaces.
+    """Which lines count, as a mask [lines]: those that no later attempt replaces, nor a later line of the same or an
+    earlier step: an attempt that a guard takes back writes steps again.
 
     Args:
         step: [lines] completed steps, -1 for an unreadable line.
@@ -130,14 +131,12 @@ def winners(step: NDArray[np.int64], attempt: NDArray[np.int64], cuts: Mapping[i
     for number in numbers:
         mine = keep & (attempt == number)
         first = int(step[mine].min()) - 1 if mine.any() else ceiling
+        places = np.flatnonzero(mine)
+        later = np.append(np.minimum.accumulate(step[places][::-1])[::-1][1:], np.iinfo(np.int64).max)
+        keep[places[step[places] >= later]] = False
         keep &= ~mine | (step <= ceiling)
         ceiling = min(ceiling, first, cuts.get(number, ceiling))
-    # Two lines of one step and attempt cannot happen unless two writers were let loose; the later line is kept.
-    places = np.flatnonzero(keep)
-    _, last = np.unique(step[places][::-1], return_index=True)
-    counts = np.zeros_like(keep)
-    counts[places[::-1][last]] = True
-    return counts
+    return keep
 
 
 def _scan(path: Path, progress: Progress | None) -> _Scan:

@@ -37,11 +37,21 @@ class TensorBoardMirror:
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
         self._writer = EventFileWriter(str(folder), _QUEUE, _FLUSH_SECONDS)
+        self._last = -1
         if purge_step is not None:
-            self._writer.add_event(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+            self._hide_from(purge_step)
+
+    def _hide_from(self, step: int) -> None:
+        self._writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def step(self, row: dict[str, Any]) -> None:
-        """Adds one row: its scalars, the worst layer's load ratio, and now and then the picture of the load."""
+        """Adds one row: its scalars, the worst layer's load ratio, and now and then the picture of the load.
+
+        A step that is not after the last one means that the run went back: what is there from it on is hidden.
+        """
+        if row["step"] <= self._last:
+            self._hide_from(row["step"])
+        self._last = row["step"]
         values = [
             Summary.Value(tag=tag, simple_value=row[key]) for key, tag in TAGS.items() if row.get(key) is not None
         ]

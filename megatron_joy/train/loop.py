@@ -1,6 +1,5 @@
 """The training loop."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -8,11 +7,9 @@ from typing import Any
 
 from megatron_joy.data.batch import Batch
 from megatron_joy.recipe.timetable import Stage, StepPlan
-from megatron_joy.train.moments import Feature
+from megatron_joy.train.moments import Feature, tell_error
 from megatron_joy.train.run import Run
 from megatron_joy.train.step import Trainer
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -27,9 +24,14 @@ class Loop:
     stage: Stage | None = None  # that the model is set up for
     plan: StepPlan = field(init=False)  # of the update that is computed
     row: dict[str, Any] = field(default_factory=dict)  # what features add to this step's row of metrics
+    went_back: bool = False  # in this step, to an earlier one
+
+    def __post_init__(self) -> None:
+        self.trainer.tell = self.tell
 
     def look_up(self, number: int) -> bool:
         """Turns to update `number` of the timetable; whether it is another stage's than the one before."""
+        self.row, self.went_back = {}, False
         before, self.plan = self.stage, self.trainer.timetable.at(number)
         self.stage = self.plan.stage
         return before is not self.stage
@@ -39,18 +41,10 @@ class Loop:
         """Whether all of the recipe's steps are trained."""
         return self.run.progress.step >= self.run.recipe.train.steps
 
-    def tell(self, moment: str, *arguments: Any) -> None:
+    def tell(self, moment: str, *arguments: Any, **more: Any) -> None:
         """Calls a moment of every feature, in order."""
         for feature in self.features:
-            getattr(feature, moment)(self, *arguments)
-
-    def tell_error(self, error: BaseException) -> None:
-        """Every feature hears of the error; one that fails at that must not hide it."""
-        for feature in self.features:
-            try:
-                feature.on_error(self.run, error)
-            except Exception:
-                logger.exception("%s could not take note of the error", type(feature).__name__)
+            getattr(feature, moment)(self, *arguments, **more)
 
 
 def train(loop: Loop, batches: Iterator[Sequence[Batch]]) -> None:
@@ -67,7 +61,7 @@ def train(loop: Loop, batches: Iterator[Sequence[Batch]]) -> None:
             for note in loop.notes:
                 loop.tell("on_note", note)
             while not (loop.done or loop.wants_stop):
-                loop.row, number = {}, run.progress.step + 1
+                number = run.progress.step + 1
                 if loop.look_up(number):
                     loop.tell("on_stage_change", loop.stage)
                 loop.tell("before_step")
@@ -76,5 +70,5 @@ def train(loop: Loop, batches: Iterator[Sequence[Batch]]) -> None:
                 loop.tell("after_step", result)
             loop.tell("on_finish")
         except BaseException as error:
-            loop.tell_error(error)
+            tell_error(loop.features, run, error)
             raise

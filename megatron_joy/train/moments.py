@@ -1,13 +1,18 @@
 """The named moments of the training loop. A feature overrides those it needs; the loop knows no feature by name."""
 
-from typing import TYPE_CHECKING
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+from megatron_joy.data.batch import Batch
 from megatron_joy.recipe.timetable import Stage
 from megatron_joy.train.run import Run
-from megatron_joy.train.step import StepResult
+from megatron_joy.train.step import Computed, StepResult
 
 if TYPE_CHECKING:
     from megatron_joy.train.loop import Loop
+
+logger = logging.getLogger(__name__)
 
 
 class Feature:
@@ -24,11 +29,26 @@ class Feature:
     def before_step(self, loop: "Loop") -> None:
         """Before update `progress.step + 1` is computed."""
 
+    def before_forward(self, loop: "Loop", batches: Sequence[Batch]) -> None:
+        """The step has its micro-batches; nothing is computed yet."""
+
+    def before_reduction(self, loop: "Loop") -> None:
+        """Forward and backward are done; gradients are still each rank's own."""
+
+    def after_backward(self, loop: "Loop", computed: Computed) -> None:
+        """Gradients are reduced, the update isn't made. Setting `loop.trainer.refused`, on all ranks, prevents it."""
+
     def after_step(self, loop: "Loop", result: StepResult) -> None:
         """After the update; progress already counts it."""
 
     def on_checkpoint(self, loop: "Loop", message: str) -> None:
         """A whole checkpoint of this step is on disk; the message says where and how long it took."""
+
+    def on_decision(self, loop: "Loop", kind: str, message: str, **extra: Any) -> None:
+        """A guard saw or did something (docs/guards.md lists the kinds), the same on all ranks."""
+
+    def on_rollback(self, loop: "Loop") -> None:
+        """Before the run goes back to a checkpoint: what is being written must be finished, or given up."""
 
     def on_note(self, loop: "Loop", message: str) -> None:
         """Something happened that the run's record should have, in a line."""
@@ -41,3 +61,12 @@ class Feature:
 
     def close(self) -> None:
         """Always, last; no collectives."""
+
+
+def tell_error(features: Sequence[Feature], run: Run, error: BaseException) -> None:
+    """Every feature hears of the error; one that fails at that must not hide it."""
+    for feature in features:
+        try:
+            feature.on_error(run, error)
+        except Exception:
+            logger.exception("%s could not take note of the error", type(feature).__name__)

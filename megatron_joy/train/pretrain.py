@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_joy.data.batch import Batch, BatchLoader, make_batch
 from megatron_joy.data.steps import BatchShape, micro_batch_indices, planned_indices
 from megatron_joy.data.stream import SampleStream, open_streams
+from megatron_joy.data.supply import Supply
 from megatron_joy.errors import UserError
 from megatron_joy.model.build import build_model
 from megatron_joy.platform import process as processes
@@ -22,9 +23,13 @@ from megatron_joy.recipe.timetable import Timetable
 from megatron_joy.train.features.checkpointing import Checkpointing
 from megatron_joy.train.features.guard import Guard
 from megatron_joy.train.features.metrics import Metrics
+from megatron_joy.train.features.recheck import Recheck
+from megatron_joy.train.features.rollback import Rollback
 from megatron_joy.train.features.signals import StopOnSignal
 from megatron_joy.train.features.staging import StageSettings
+from megatron_joy.train.features.statistics import Statistics
 from megatron_joy.train.features.stopwatch import Stopwatch
+from megatron_joy.train.features.stragglers import Stragglers
 from megatron_joy.train.features.terminal import Terminal
 from megatron_joy.train.features.validation import Validation
 from megatron_joy.train.logs import RankLog
@@ -52,9 +57,11 @@ def pretrain(recipe: Recipe, stop: StopRequest | None = None) -> bool:
         past.load(run, trainer)
         opened.enter_context(recorded(run))
         log.open(run)
-        features = _features(run, train_stream, validation_stream, stop or StopRequest(), past)
+        supply = opened.enter_context(Supply(partial(_loader, run, train_stream), run.progress.step))
+        guard = Guard(Rollback(train_stream, supply))
+        features = _features(run, train_stream, validation_stream, stop or StopRequest(), past, guard)
         loop = Loop(run, trainer, features, past.notes)
-        train(loop, opened.enter_context(_loader(recipe, process, train_stream, run.progress.step)))
+        train(loop, supply)
     # Not after an error: ranks that are gone can't take leave.
     processes.stop()
     return loop.done
@@ -99,13 +106,14 @@ def _wanted_documents(recipe: Recipe, done: int) -> list[tuple[str, str, int]]:
     ]
 
 
-def _loader(recipe: Recipe, process: Process, stream: SampleStream, done: int) -> BatchLoader:
+def _loader(run: Run, stream: SampleStream, done: int) -> BatchLoader:
+    recipe = run.recipe
     deal = partial(
         planned_indices,
         timetable=Timetable(recipe),
-        ledger=ledger,
+        ledger=run.ledger,
         data_parallel_size=recipe.layout.data_parallel_size,
-        data_parallel_rank=process.groups.dp.rank(),
+        data_parallel_rank=run.process.groups.dp.rank(),
     )
     return BatchLoader(stream, deal, recipe.data.document_mask, first_step=done, last_step=recipe.train.steps)
 
@@ -125,16 +133,25 @@ def _features(
     validation_stream: SampleStream | None,
     stop: StopRequest,
     past: Past,
+    guard: Guard,
 ) -> Sequence[Feature]:
     """In the order in which a step's end needs them: what adds to the row, the row, the guard, the checkpoint."""
     recipe = run.recipe
-    features: list[Feature] = [StageSettings(), Stopwatch(), StopOnSignal(stop)]
+    guards = recipe.guards
+    features: list[Feature] = [StageSettings(), Stopwatch()]
+    if guards.straggler_interval and recipe.layout.world_size > 1:
+        features.append(Stragglers(guards.straggler_interval, guards.straggler_factor))
+    features.append(StopOnSignal(stop))
     if validation_stream is not None and recipe.train.validation_interval:
         batches = _validation_batches(recipe, run.process, validation_stream)
         features.append(Validation(batches, recipe.train.validation_interval))
     if run.process.is_first_rank:
         features += [Metrics(run, train_stream, past.name), Terminal(past.name)]
-    features.append(Guard())
+    if guards.recheck_interval:
+        features.append(Recheck(guards.recheck_interval))
+    if guards.statistics_interval:
+        features.append(Statistics(run, guards.statistics_interval))
+    features.append(guard)
     features.append(
         Checkpointing(recipe.checkpoint.interval, recipe.checkpoint.keep_last, past.sources | train_stream.labels)
     )

@@ -7,8 +7,18 @@ from megatron_joy.checkpoint.load import choose, load_checkpoint
 from megatron_joy.checkpoint.marker import Checkpoint
 from megatron_joy.errors import UserError
 from megatron_joy.recipe import load_recipe
-from megatron_joy.recipe.ledger import begin, check_history, from_json, go_on
-from megatron_joy.train.run import Progress, Run
+from megatron_joy.recipe.ledger import (
+    Ledger,
+    begin,
+    check_history,
+    decides_after,
+    follows,
+    from_json,
+    go_on,
+    outdated,
+)
+from megatron_joy.recipe.schema import Recipe
+from megatron_joy.train.run import Progress, Run, ledgers_on_disk
 from megatron_joy.train.step import Trainer
 
 
@@ -54,10 +64,21 @@ class Past:
             load_checkpoint(self.checkpoint, chunks=trainer.chunks, optimizer=None, process=run.process)
             trainer.optimizer.reload_model_params()  # its fp32 copies
         else:
-            state = load_checkpoint(
-                self.checkpoint, chunks=trainer.chunks, optimizer=trainer.optimizer, process=run.process
-            )
-            run.progress = Progress(**state["progress"])
+            go_to(self.checkpoint, run, trainer)
+
+
+def go_to(checkpoint: Checkpoint, run: Run, trainer: Trainer) -> None:
+    """Weights, optimizer state and progress become a checkpoint's; all ranks call it together."""
+    state = load_checkpoint(checkpoint, chunks=trainer.chunks, optimizer=trainer.optimizer, process=run.process)
+    run.progress = Progress(**state["progress"])
+
+
+def gone_back_on(checkpoint: Checkpoint, now: Ledger) -> str | None:
+    """Why a checkpoint is none to go on from: the run went back to before its step, and what is in it was left out."""
+    then = checkpoint.state.get("ledger")
+    if then is None or not outdated(from_json(then), checkpoint.marker.step, now):
+        return None
+    return "a guard went back to before it"
 
 
 def look_back(run: Run) -> Past:
@@ -65,21 +86,43 @@ def look_back(run: Run) -> Past:
 
     Raises UserError when the recipe would make what is done something else.
     """
-    choice = choose(run.folder / "checkpoints", run.process)
+    saved, repeated = ledgers_on_disk(run)
+    choice = choose(run.folder / "checkpoints", run.process, lambda found: gone_back_on(found, saved or ()))
     checkpoint = choice.checkpoint
     if checkpoint is None:
-        run.ledger = begin(run.recipe)
+        run.ledger = _with_decisions(_first(run.recipe, repeated), saved, run.recipe, 0)
         return Past(None, choice.notes)
     # Imported weights have none: the run begins with them. Other weights alone are refused when they are loaded.
     state, done = checkpoint.state, checkpoint.marker.step
     if "ledger" not in state:
-        run.ledger = begin(run.recipe)
+        run.ledger = _with_decisions(_first(run.recipe, repeated), saved, run.recipe, 0)
         return Past(checkpoint, choice.notes)
     check_history(load_recipe(str(checkpoint.recipe_path)), run.recipe, done)
     before = from_json(state["ledger"])
-    run.ledger = go_on(before, run.recipe, done)
+    run.ledger = _with_decisions(before, saved, run.recipe, done)
     run.progress.step = done
     notes = list(choice.notes)
-    if run.ledger != before:
+    if run.ledger[-1] != before[-1] and not run.ledger[-1].reason and run.ledger[-1].from_step == done:
         notes.append(f"the recipe's blend was changed: the new one holds from update {done + 1} on")
+    if decides_after(saved or (), done) and run.ledger != saved:
+        notes.append(f"a guard's decisions about update {done + 1} and later ones are dropped: the recipe was changed")
     return Past(checkpoint, notes, dict(state["sources"]))
+
+
+def _first(recipe: Recipe, repeated: Ledger | None) -> Ledger:
+    """The ledger of a run that begins: the recipe's, or another run's that it repeats."""
+    if repeated is None:
+        return begin(recipe)
+    if not follows(repeated, recipe):
+        raise UserError(
+            f"guards.ledger = {recipe.guards.ledger}: its samples from update {repeated[-1].from_step + 1} on are of "
+            "other stages, lengths or blends than this recipe's; use the recipe.toml beside it"
+        )
+    return repeated
+
+
+def _with_decisions(before: Ledger, saved: Ledger | None, recipe: Recipe, done: int) -> Ledger:
+    """The ledger to go on with: the checkpoint's, or the folder's where that has decisions of later updates."""
+    if saved is not None and decides_after(saved, done) and follows(saved, recipe):
+        return saved
+    return go_on(before, recipe, done)

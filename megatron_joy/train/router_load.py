@@ -29,6 +29,16 @@ class RouterLoad:
         if self.routers:
             self._counts = torch.stack([router.local_tokens_per_expert.clone() for _, router in self.routers])
 
+    def biases(self) -> list[Tensor]:
+        """Copies of this rank's router biases."""
+        return [router.expert_bias.clone() for _, router in self.routers]
+
+    def put_back(self, biases: Sequence[Tensor]) -> None:
+        """Undoes what a step did to the routers: biases as they were, no tokens counted."""
+        for (_, router), bias in zip(self.routers, biases, strict=True):
+            router.expert_bias.copy_(bias)
+            router.local_tokens_per_expert.zero_()
+
     def gather(self) -> Tensor | None:
         """Shares [moe layers, experts] of the last step in model order, each row summing to 1; None but on rank 0."""
         if self._counts is not None:

@@ -7,7 +7,7 @@ import platform as host
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ import torch.distributed as dist
 
 from megatron_joy import __version__
 from megatron_joy.data.atomic import write_atomically
-from megatron_joy.errors import UserError
+from megatron_joy.errors import UserError, WorkError
 from megatron_joy.platform.process import Process
 from megatron_joy.recipe import Recipe, check_run_folder, dump_recipe
-from megatron_joy.recipe.ledger import LEDGER_FILE, Ledger, as_json
+from megatron_joy.recipe.ledger import LEDGER_FILE, Ledger, as_json, load_ledger, read_ledger
 from megatron_joy.recipe.resume import RECIPE_FILE
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "tokenizers", "gigatoken", "numpy")
@@ -34,6 +34,10 @@ class Progress:
     samples: int = 0
     tokens: int = 0
     best_validation_loss: float | None = None
+    # What a spike is held against: the newest updates that were made in this stage (`recipe.guards.spike_window`).
+    recent_stage: str = ""
+    recent_losses: list[float] = field(default_factory=list)
+    recent_grad_norms: list[float] = field(default_factory=list)
 
     def advance(self, samples: int, tokens: int) -> None:
         """Counts one update."""
@@ -105,12 +109,41 @@ def recorded(run: Run) -> Iterator[None]:
         def record() -> None:
             (run.folder / "logs").mkdir(parents=True, exist_ok=True)
             opened.enter_context(_alone_in(run.folder))
-            write_atomically(run.folder / LEDGER_FILE, json.dumps(as_json(run.ledger)).encode())
+            _write_ledger(run)
             write_atomically(run.folder / RECIPE_FILE, dump_recipe(run.recipe).encode())
             write_atomically(run.folder / "environment.json", json.dumps(environment(), indent=2).encode())
 
         _on_first_rank(run.process, run.folder, record)
         yield
+
+
+def ledgers_on_disk(run: Run) -> tuple[Ledger | None, Ledger | None]:
+    """(the one in the run's folder, the one that the recipe wants to be repeated), None for each that isn't there.
+
+    Read on rank 0 for all. Raises UserError for a damaged one.
+    """
+    wanted = run.recipe.guards.ledger
+    return _on_first_rank(
+        run.process,
+        run.folder,
+        lambda: (read_ledger(run.folder), None if wanted is None else load_ledger(Path(wanted))),
+    )
+
+
+def _write_ledger(run: Run) -> None:
+    write_atomically(run.folder / LEDGER_FILE, json.dumps(as_json(run.ledger)).encode())
+
+
+def decide(run: Run, ledger: Ledger) -> None:
+    """Makes this the run's ledger, on disk before anything follows from it; all ranks call it together.
+
+    Raises WorkError on every rank when it can't be written.
+    """
+    run.ledger = ledger
+    try:
+        _on_first_rank(run.process, run.folder, lambda: _write_ledger(run))
+    except UserError as error:
+        raise WorkError(f"a guard's decision could not be written: {error}") from None
 
 
 def _on_first_rank[T](process: Process, folder: Path, action: Callable[[], T]) -> T:

@@ -1,7 +1,7 @@
 """One optimizer step: forward and backward over the step's micro-batches, reductions, update, numbers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from megatron_joy.data.batch import Batch
 from megatron_joy.model.rope import set_rotary_base
 from megatron_joy.optim.build import build_optimizer, set_learning_rate, set_weight_decay
 from megatron_joy.optim.layout import buffer_layout
+from megatron_joy.optim.update import gradient_norm, make_update
 from megatron_joy.platform.process import Process
 from megatron_joy.recipe.schema import Recipe
 from megatron_joy.recipe.timetable import Stage, Timetable
@@ -33,6 +34,7 @@ class StepResult:
     learning_rate: float
     loss_tokens: int
     expert_load: Tensor | None
+    made: bool = True  # whether weights were updated
 
     @property
     def finite(self) -> bool:
@@ -42,11 +44,28 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Losses:
-    """Means over the given samples, equal on all ranks."""
+    """Means over the given samples, equal on all ranks; `sums`: this rank's main loss of each micro-batch, where it
+    has the last pipeline stage, summed over its tokens.
+    """
 
     main: float
     mtp: float | None
     tokens: int
+    sums: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Update `number` (from 1) before it is made: what it was computed from, and what came out."""
+
+    number: int
+    batches: Sequence[Batch]
+    losses: Losses
+    grad_norm: float
+
+
+def _nobody(moment: str, *arguments: Any) -> None:
+    """Who hears of a step that no loop runs."""
 
 
 class Trainer:
@@ -66,6 +85,8 @@ class Trainer:
         config.no_sync_func = [c.no_sync for c in self.chunks] if len(self.chunks) > 1 else self.chunks[0].no_sync
         self.schedule = get_forward_backward_func()
         self.models = chunks
+        self.tell: Callable[..., None] = _nobody  # the loop's: moments within a step
+        self.refused: str | None = None  # why this step's update must not be made, from whoever heard of it
         self._with_mtp = recipe.model.num_nextn_predict_layers > 0
 
     def enter(self, stage: Stage) -> None:
@@ -89,27 +110,58 @@ class Trainer:
         )
 
     def _finalize(self, *args: Any, **kwargs: Any) -> None:
+        self.tell("before_reduction")
         self.router_load.collect()  # Megatron-core zeroes the counts when it updates the router biases
         kwargs["pg_collection"] = self.process.groups
         finalize_model_grads(*args, **kwargs)
 
     def step(self, number: int, batches: Sequence[Batch]) -> StepResult:
-        """Runs update `number` (from 1) on this rank's micro-batches of the step."""
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        """Runs update `number` (from 1) on this rank's micro-batches of the step.
+
+        Computed in full but not made when somebody who hears of it sets `refused`: weights, optimizer state and router
+        biases then stay what they were.
+        """
+        self.refused = None
         rate = self.timetable.at(number).learning_rate
         set_learning_rate(self.optimizer, rate)
+        biases = self.router_load.biases()
+        self.tell("before_forward", batches)
+        self._clear()
         losses = self._run(batches, forward_only=False)
-        _, grad_norm, _ = self.optimizer.step()
+        grad_norm = gradient_norm(self.optimizer)
+        self.tell("after_backward", Computed(number, batches, losses, grad_norm))
+        if self.refused is None:
+            make_update(self.optimizer, grad_norm)
+        else:
+            self.router_load.put_back(biases)
         return StepResult(
             loss=losses.main,
             mtp_loss=losses.mtp,
-            grad_norm=float(grad_norm),
+            grad_norm=grad_norm,
             learning_rate=rate,
             loss_tokens=losses.tokens,
             expert_load=self.router_load.gather(),
+            made=self.refused is None,
         )
+
+    def _clear(self) -> None:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def compute_alone(self, batches: Sequence[Batch]) -> Losses:
+        """Forward and backward on this rank's micro-batches without what follows; all ranks call it together.
+
+        Gradients stay each rank's own sums, in `main_grad`; router biases and counters stay what they were.
+        """
+        config, biases = self.models[0].config, self.router_load.biases()
+        finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
+        try:
+            self._clear()
+            return self._run(batches, forward_only=False)
+        finally:
+            config.finalize_model_grads_func = finalize
+            self.router_load.put_back(biases)
 
     def weights_are_finite(self) -> bool:
         """Whether every weight on every rank is a number; the same answer on all ranks."""
@@ -152,6 +204,7 @@ class Trainer:
             main=main / max(main_tokens, 1),
             mtp=mtp / max(mtp_tokens, 1) if self._with_mtp else None,
             tokens=main_tokens,
+            sums=tuple(float(report["main"]) for report in reports),
         )
 
     def _global_counts(self, batches: Sequence[Batch]) -> tuple[int, int]:

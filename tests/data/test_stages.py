@@ -108,7 +108,7 @@ def test_no_token_is_read_twice_before_all_of_its_share_are(folder: Path, edits:
 
 
 def test_a_rollback_leaves_out_its_samples_and_repeats_none(folder: Path) -> None:
-    """Updates 55 to 65, over the border of two stages, and again 62 to 70: what is read and left out is all there is."""
+    """Updates 55 to 65, over the border of two stages, and then 62 to 70: what is read or left out is all there is."""
     recipe = make(folder)
     timetable, ledger = Timetable(recipe), begin(recipe)
     left_out: list[range] = []

@@ -50,7 +50,7 @@ def test_after_loading_only_the_tokenizer_may_be_none() -> None:
             for key, value in section.items()
             if value is None
         ]
-        assert nones == ["data.tokenizer"]
+        assert nones == ["data.tokenizer", "guards.ledger"]
 
 
 def test_a_file_extends_a_shipped_name_and_a_relative_path(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_an_attempt_that_left_no_row_still_undoes_what_it_resumed_before(tmp_pat
 
 
 def test_which_lines_count_agrees_with_replaying_them() -> None:
-    """The reference plays the lines one by one as the run wrote them."""
+    """The reference plays the lines one by one as the run wrote them; attempts begin, and guards go, some way back."""
     random = np.random.default_rng(1)
     for _ in range(200):
         lines: list[tuple[int, int]] = []
@@ -64,10 +64,13 @@ def test_which_lines_count_agrees_with_replaying_them() -> None:
         for attempt in range(random.integers(1, 6)):
             length = int(random.integers(0, 12))
             lines += [(start + 1 + i, attempt) for i in range(length)]
+            while length and random.random() < 0.3:
+                start, length = int(random.integers(0, start + length)), int(random.integers(1, 12))
+                lines += [(start + 1 + i, attempt) for i in range(length)]
             start = int(random.integers(0, start + length + 1))
         history: dict[int, int] = {}
         for place, (step, attempt) in enumerate(lines):
-            if place and attempt != lines[place - 1][1]:
+            if place and (attempt != lines[place - 1][1] or step <= lines[place - 1][0]):
                 history = {s: p for s, p in history.items() if s < step}
             history[step] = place
         step, attempt_of = (np.array([line[i] for line in lines], np.int64) for i in (0, 1))

@@ -63,7 +63,7 @@ class Checkpointing(Feature):
         So are weights that are no numbers, which the losses of this step can't tell yet.
         """
         due, must_succeed = self._due(loop)
-        if not due:
+        if not due or loop.went_back:
             return
         if not loop.trainer.weights_are_finite():
             raise WorkError(

@@ -1,6 +1,9 @@
 """metrics.jsonl, events.jsonl and TensorBoard, on rank 0."""
 
+from typing import Any
+
 from megatron_joy.data.stream import SampleStream
+from megatron_joy.recipe.ledger import first_sample
 from megatron_joy.recipe.timetable import Stage, stage_line
 from megatron_joy.report.writer import MetricsWriter
 from megatron_joy.train.features.terminal import layout_text, world_text
@@ -38,6 +41,7 @@ class Metrics(Feature):
         """Writes the step's row."""
         progress = loop.run.progress
         plan = loop.plan
+        first = first_sample(loop.run.ledger, loop.trainer.timetable, progress.step)
         loop.row |= {
             "step": progress.step,
             "stage": plan.stage.name,
@@ -51,8 +55,10 @@ class Metrics(Feature):
             "samples": progress.samples,
             "loss_tokens": result.loss_tokens,
             "expert_load": self._expert_load(loop, result),
-            "sources": self.stream.sources_in(range(plan.first_sample, progress.samples)),
+            "sources": self.stream.sources_in(range(first, first + plan.global_batch_size)),
         }
+        if loop.trainer.refused is not None:
+            loop.row["refused"] = loop.trainer.refused
         self.writer.metrics(loop.row)
 
     def _expert_load(self, loop: Loop, result: StepResult) -> list[list[float]] | None:
@@ -64,6 +70,10 @@ class Metrics(Feature):
     def on_checkpoint(self, loop: Loop, message: str) -> None:
         """Notes it."""
         self.writer.event("checkpoint", loop.run.progress.step, message)
+
+    def on_decision(self, loop: Loop, kind: str, message: str, **extra: Any) -> None:
+        """Notes it under its own kind."""
+        self.writer.event(kind, loop.run.progress.step, message, **extra)
 
     def on_note(self, loop: Loop, message: str) -> None:
         """Notes it."""

@@ -94,6 +94,10 @@ class Terminal(Feature):
         if step % train.log_interval == 0 or "validation_loss" in loop.row or loop.done:
             self.console.print(headline(step, train.steps, loop.row))
 
+    def on_decision(self, loop: Loop, kind: str, message: str, **extra: Any) -> None:
+        """Says it."""
+        self.console.print(f"[yellow]{kind}[/yellow], step {loop.run.progress.step}: {escape(message)}")
+
     def on_note(self, loop: Loop, message: str) -> None:
         """Says it."""
         self.console.print(f"[yellow]note[/yellow]: {escape(message)}")

@@ -17,7 +17,7 @@ class Validation(Feature):
     def after_step(self, loop: Loop, result: StepResult) -> None:
         """Adds validation_loss and validation_mtp_loss to the row of the steps that have them."""
         progress = loop.run.progress
-        if not result.finite or (progress.step % self.interval and not loop.done):
+        if not (result.finite and result.made) or (progress.step % self.interval and not loop.done):
             return
         losses = loop.trainer.evaluate(self.batches)
         best = progress.best_validation_loss
