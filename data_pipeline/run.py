@@ -25,8 +25,7 @@ from data_pipeline.pool import Pool
 from data_pipeline.stages import STAGES
 from megatron_joy.errors import UserError, WorkError
 
-EXECUTORS = ("local", "mpi", "ray")
-LATER_EXECUTORS = ("slurm",)
+EXECUTORS = ("local", "mpi", "ray", "slurm")
 Progress = Callable[[str, int, int], None]
 
 
@@ -48,11 +47,6 @@ def available_cpus() -> int:
 
 def check_executor(executor: str) -> None:
     """Raises UserError, naming what exists, for an executor that does not."""
-    if executor in LATER_EXECUTORS:
-        raise UserError(
-            f"--executor {executor}: not available; --executor local runs on this machine, and any scheduler can start "
-            "`python -m data_pipeline.worker PIPELINE.toml --stage S --shard K` itself (docs/data.md)"
-        )
     if executor not in EXECUTORS:
         raise UserError(f"--executor {executor}: unknown; available: {', '.join(EXECUTORS)}")
 
@@ -89,6 +83,8 @@ def run_pipeline(
     anything is published, for what is wrong with the pipeline or its inputs; WorkError when the work fails.
     """
     check_executor(executor)
+    if executor == "slurm":
+        return _run_under_slurm(name_or_path, overrides, workers, on_progress)
     # The workers come first: under MPI they run already, and must hear of it when something here is wrong.
     with _open_pool(executor, name_or_path, overrides, workers) as pool:
         _check_workers(executor, workers)
@@ -149,16 +145,44 @@ def serve_as_rank(pipeline: str, overrides: Sequence[str]) -> bool:
     return bool(comm.rank)
 
 
+def _run_under_slurm(
+    name_or_path: str, overrides: Sequence[str], workers: int | None, on_progress: Progress
+) -> Outcome:
+    """Submit what is left as job arrays and wait for their end; the last job takes the folder's lock and publishes."""
+    from data_pipeline.slurm import follow, refuse_second_submission, submit
+
+    _check_workers("slurm", workers)
+    pipeline = load_pipeline(name_or_path, overrides)
+    check_owner(pipeline)
+    job = Job(pipeline, make_plan(pipeline))
+    with sole_run(pipeline.folder):
+        refuse_second_submission(pipeline.folder)
+        engine, left = _prepare(job)
+        jobs = submit(engine, left, name_or_path, overrides, workers) if left else []
+    follow(engine, left, jobs, on_progress)
+    return _outcome(job, sum(len(shards) for _, shards in left))
+
+
 def _finish_job(job: Job, pool: Pool, on_progress: Progress) -> Outcome:
     """Do what is left of a planned job."""
+    engine, left = _prepare(job)
+    done = _run_stages(engine, left, pool, on_progress)
+    tidy(job)
+    return _outcome(job, done)
+
+
+def _prepare(job: Job) -> tuple[Engine, list[tuple[str, list[int]]]]:
+    """Write the plan that all workers share; returns what is left to do. Nothing half-written stays visible."""
     save_plan(job.pipeline, job.plan)
     engine = Engine(job, STAGES)
     left = engine.unfinished()
     if left:
         unpublish(job)
         remove_partial_files(job.folder)
-    done = _run_stages(engine, left, pool, on_progress)
-    tidy(job)
+    return engine, left
+
+
+def _outcome(job: Job, done: int) -> Outcome:
     total = sum(stage.shards(job) for stage in STAGES)
     finish: dict[str, Any] = statistics_of(job, "finish", 1)[0]
     return Outcome(job.pipeline, done, total - done, finish["notes"], finish["checked"])

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from data_pipeline.run import EXECUTORS, LATER_EXECUTORS, Outcome, available_cpus, run_pipeline, serve_as_rank
+from data_pipeline.run import EXECUTORS, Outcome, available_cpus, run_pipeline, serve_as_rank
 from megatron_joy.data.inspect import SetReport, document_report, report_set
 from megatron_joy.data.ledger import LEDGER_NAME, Step, load_ledger
 from megatron_joy.data.manifest import load_manifest
@@ -25,7 +25,7 @@ app = typer.Typer(help="From text to shards; verify, count, inspect and trace th
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A shard set, or the folder with train and validation.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
-EXECUTOR_NAMES = "|".join((*EXECUTORS, *LATER_EXECUTORS))
+EXECUTOR_NAMES = "|".join(EXECUTORS)
 
 
 def _print_json(value: Any) -> None:

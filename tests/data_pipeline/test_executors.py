@@ -1,5 +1,6 @@
 """One contract for every executor: the bytes of one process, and after any kill nothing lost and nothing redone."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,12 +13,14 @@ import pytest
 
 from data_pipeline.run import EXECUTORS
 from tests.data_pipeline.corpora import digests, run_inline, texts, write_jsonl, write_pipeline
+from tests.slurm_cluster import Cluster
 
 JOY = [sys.executable, "-m", "megatron_joy.cli.main"]
 STARTS = {
     "local": ([], ["--workers", "2"]),
     "mpi": ([str(Path(sys.executable).with_name("mpiexec")), "-n", "3"], []),
     "ray": ([], ["--workers", "2"]),
+    "slurm": ([], ["--workers", "2"]),
 }
 
 
@@ -36,11 +39,11 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return digests(out)
 
 
-def start(executor: str, pipeline: Path, *options: str) -> "subprocess.Popen[str]":
-    """`joy data run` under an executor, in a session of its own."""
+def start(executor: str, pipeline: Path, *options: str, cluster: Cluster | None = None) -> "subprocess.Popen[str]":
+    """`joy data run` under an executor, in a session of its own; cluster: Slurm's."""
     before, after = STARTS[executor]
     environment = {
-        **os.environ,
+        **(os.environ if cluster is None else cluster.environment),
         "PYTHONPATH": ":".join(sys.path),
         "HOME": str(pipeline.parent),
         "RAY_AUTH_MODE": "disabled",
@@ -57,8 +60,12 @@ def start(executor: str, pipeline: Path, *options: str) -> "subprocess.Popen[str
     )
 
 
-def kill_all(process: "subprocess.Popen[str]", pipeline: Path) -> None:
+def kill_all(process: "subprocess.Popen[str]", pipeline: Path, cluster: Cluster | None) -> None:
     """Kill a run with everything that works for it, wherever that was started."""
+    if cluster is not None:
+        jobs = json.loads((pipeline.parent / "out" / "work" / "slurm_jobs.json").read_bytes())
+        cluster.run("scancel", "--signal=KILL", "--full", *jobs)
+        cluster.run("scancel", *jobs)
     own = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
     for pid in own:
         try:
@@ -78,22 +85,23 @@ def test_every_executor_is_held_to_this_contract() -> None:
 
 @pytest.mark.parametrize("executor", STARTS)
 def test_a_run_killed_and_started_again_gives_the_bytes_of_one_process(
-    executor: str, corpus: Path, undisturbed: dict[str, str], tmp_path: Path
+    executor: str, corpus: Path, undisturbed: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    cluster: Cluster | None = request.getfixturevalue("slurm") if executor == "slurm" else None
     # The same inputs under other paths would be other documents' origins.
     pipeline = write_pipeline(corpus, tmp_path / "out").rename(tmp_path / "pipeline.toml")
-    process = start(executor, pipeline)
+    process = start(executor, pipeline, cluster=cluster)
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "out").glob("work/tasks/*/*.json"))) < 6:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    kill_all(process, pipeline)
+    kill_all(process, pipeline, cluster)
     assert not (tmp_path / "out" / "train" / "manifest.json").exists()
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("work/tasks/*/*.json")}
     assert len(done) >= 6
 
-    again = start(executor, pipeline)
+    again = start(executor, pipeline, cluster=cluster)
     output, errors = again.communicate(timeout=200)
     assert again.returncode == 0, errors
     assert "kept from an earlier run" in output

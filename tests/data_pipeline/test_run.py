@@ -393,8 +393,8 @@ def test_two_runs_do_not_write_into_one_folder(corpus: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("executor", "workers", "says"),
     [
-        ("slurm", None, "not available; --executor local"),
-        ("spark", None, "available: local, mpi, ray"),
+        ("slurm", 0, "1 or more"),
+        ("spark", None, "available: local, mpi, ray, slurm"),
         ("local", 0, "1 or more"),
     ],
 )
