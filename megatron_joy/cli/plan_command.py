@@ -22,18 +22,34 @@ from megatron_joy.report import text
 
 
 def command(
-    recipe: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped name or a TOML file.")],
+    context: typer.Context,
+    recipe: Annotated[str | None, typer.Argument(metavar="NAME|FILE", help="A shipped name or a TOML file.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE ...", help="train.steps=100")] = None,
     gpu: Annotated[str, typer.Option("--gpu", help="The GPU to plan for, as h100-80g.")] = "h100-80g",
     gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="GPUs of the run: sets the replicas.")] = None,
     mfu: Annotated[float, typer.Option("--mfu", min=0.01, max=1.0, help="Assumed share of the GPU's peak.")] = 0.3,
     price: Annotated[float, typer.Option("--price", min=0.0, help="Assumed price of a GPU hour.")] = 2.5,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="PIPELINE", help="Plan this pipeline from its sample run instead.")
+    ] = None,
+    cores: Annotated[int, typer.Option("--cores", min=1, help="With --data: cores that work at once.")] = 256,
+    tokens: Annotated[float, typer.Option("--tokens", min=1.0, help="With --data: tokens to make.")] = 20e12,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON value.")] = False,
 ) -> None:
     """Shows a recipe's stages, what is read of each source, memory of every pipeline stage, days and cost.
 
-    Example: joy plan joyai_48b_a3b --gpus 512 --gpu h100-80g
+    With --data: core hours, wall time and disk of a data pipeline, from what its finished sample run cost.
+
+    Examples: joy plan joyai_48b_a3b --gpus 512 --gpu h100-80g; joy plan --data demo --cores 512 --tokens 20e12
     """
+    _refuse_dead_options(context, data)
+    if data is not None:
+        from megatron_joy.cli.data_plan import show
+
+        show(data, [text for text in (recipe, *(overrides or ())) if text is not None], cores, tokens, as_json)
+        return
+    if recipe is None:
+        raise UserError("joy plan: no recipe given; give a name or a file (joy recipe list), or --data PIPELINE")
     device, loaded = gpu_named(gpu), load_recipe(recipe, overrides or ())
     if gpus is not None:
         loaded = load_recipe(recipe, [*(overrides or ()), _replicas(loaded, gpus)])
@@ -49,6 +65,15 @@ def command(
     for table in (_stage_table(plan), _source_table(plan), _memory_table(plan)):
         console.print(table)
     console.print(_run_text(plan), highlight=False)
+
+
+def _refuse_dead_options(context: typer.Context, data: str | None) -> None:
+    """An option without effect is a mistake: the GPU's with --data, the pipeline's without."""
+    dead = ("gpu", "gpus", "mfu", "price") if data is not None else ("cores", "tokens")
+    for name in dead:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise UserError(f"--{name}: has no effect {'with' if data is not None else 'without'} --data; remove it")
 
 
 def _replicas(recipe: Recipe, gpus: int) -> str:
