@@ -1,8 +1,8 @@
 """From the records of a sample run to core hours, wall time and disk for any number of tokens.
 
 Every task's record says what it cost. What a stage costs is taken to grow with the tokens; three things are not, and
-the plan says which: the tokenizer (one sample of a fixed size), stages of one task (they don't get faster with more cores),
-and sorting for near-duplicates (each row takes part in as many comparisons as the logarithm of their number).
+the plan says which: the tokenizer (one sample of a fixed size), stages of one task (no faster with more cores), and
+sorting for near-duplicates (each row takes part in as many comparisons as the logarithm of their number).
 """
 
 import math
