@@ -16,6 +16,7 @@ from types import FrameType
 from typing import IO
 
 from launch.reasons import VARIABLE, Reason, Reasons
+from megatron_joy.data.caps import check_epochs
 from megatron_joy.data.manifest import load_manifest
 from megatron_joy.errors import UserError, WorkError
 from megatron_joy.recipe import Recipe, check_run_folder
@@ -37,6 +38,7 @@ def check(recipe: Recipe) -> None:
         raise UserError("data.train: no source is given, expected at least one; add [[data.train]] with a manifest")
     for entry in [*recipe.data.train, *recipe.data.validation]:
         load_manifest(Path(entry.manifest))
+    check_epochs(recipe)
     check_run_folder(recipe)
 
 

@@ -1,7 +1,6 @@
 """`joy plan`: what a recipe's run will do, before it does it: its stages, and what they read of each source."""
 
 import json
-from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +17,7 @@ from megatron_joy.errors import UserError
 from megatron_joy.parallel.gpus import gpu_named
 from megatron_joy.recipe import Recipe, load_recipe
 from megatron_joy.recipe.timetable import Stage, Timetable
+from megatron_joy.recipe.usage import check_caps, shares_of, update_that_reads
 from megatron_joy.report import text
 
 
@@ -92,8 +92,11 @@ def schedule_plan(recipe: Recipe) -> dict[str, Any]:
     sources = []
     for source in recipe.data.train:
         uses = [one["tokens"] for stage in stages for one in stage["blend"] if one["source"] == source.label]
-        has = {"manifest": source.manifest, "available_tokens": available[source.label]}
-        sources.append(_use(source.label, sum(uses), available[source.label]) | has)
+        tokens = available[source.label]
+        again = update_that_reads(recipe, source.label, tokens) if tokens else None
+        has = {"manifest": source.manifest, "available_tokens": tokens, "max_epochs": source.max_epochs}
+        sources.append(_use(source.label, sum(uses), tokens) | has | {"second_epoch_from_update": again})
+    check_caps(recipe, {label: tokens for label, tokens in available.items() if tokens})
     return {
         "name": recipe.name,
         "steps": timetable.steps,
@@ -114,8 +117,7 @@ def _use(source: str, tokens: int, available: int | None) -> dict[str, Any]:
 
 
 def _stage(stage: Stage, available: dict[str, int | None]) -> dict[str, Any]:
-    total = sum(Fraction(repr(weight)) for _, weight in stage.blend)
-    shares = {label: Fraction(repr(weight)) / total for label, weight in stage.blend}
+    shares = shares_of(stage)
     return {
         "name": stage.name,
         "first_step": stage.first_step + 1,
@@ -169,14 +171,16 @@ def _source_table(plan: dict[str, Any]) -> Table:
     table = Table(title="what is read of each source", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("stage", "source"):
         table.add_column(name, no_wrap=True)
-    for name in ("share", "tokens", "epochs"):
+    for name in ("share", "tokens", "epochs", "read again from"):
         table.add_column(name, justify="right", no_wrap=True)
     for stage in [*plan["stages"], {"name": "all", "blend": plan["sources"]}]:
         for number, use in enumerate(stage["blend"]):
             epochs = "no shards yet" if use["epochs"] is None else text.significant(use["epochs"])
             share = f"{use['tokens'] / sum(one['tokens'] for one in stage['blend']):.1%}"
             name = "" if number else escape(stage["name"])
-            table.add_row(name, escape(use["source"]), share, text.count(use["tokens"]), epochs)
+            again = use.get("second_epoch_from_update")
+            cells = (share, text.count(use["tokens"]), epochs, f"update {text.whole(again)}" if again else "")
+            table.add_row(name, escape(use["source"]), *cells)
         table.add_section()
     return table
 

@@ -142,6 +142,9 @@ class SourceEntry(Section):
     manifest: str = Field(description="Path of a folder of shards with manifest.json (relative to where you start).")
     weight: PositiveFloat = Field(1.0, description="Share of this source in the blend, in tokens, before normalising.")
     name: str | None = Field(None, description="What stages call this source; none: its manifest as written here.")
+    max_epochs: PositiveFloat | None = Field(
+        None, description="How often the run may read its text; a recipe that reads more is refused. None: no cap."
+    )
 
     @property
     def label(self) -> str:

@@ -335,6 +335,14 @@ def blend_problem(key: str, sources: list[SourceEntry]) -> str | None:
     return None
 
 
+def _validation_caps(recipe: Recipe) -> str | None:
+    for index, source in enumerate(recipe.data.validation):
+        if source.max_epochs is not None:
+            key = f"data.validation.{index}.max_epochs = {source.max_epochs:g}"
+            return f"{key}: has no effect, every validation reads the same samples; leave it out"
+    return None
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         (
@@ -379,6 +387,7 @@ RULES: tuple[Rule, ...] = (
     Rule(("guards.spike", "checkpoint.interval", "train.steps"), rollback_needs_checkpoints),
     Rule(("data.train",), lambda recipe: blend_problem("data.train", recipe.data.train)),
     Rule(("data.validation",), lambda recipe: blend_problem("data.validation", recipe.data.validation)),
+    Rule(("data.validation",), _validation_caps),
 )
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_joy.data.batch import Batch, BatchLoader, make_batch
+from megatron_joy.data.caps import check_epochs
 from megatron_joy.data.steps import BatchShape, micro_batch_indices, planned_indices
 from megatron_joy.data.stream import SampleStream, open_streams
 from megatron_joy.data.supply import Supply
@@ -78,6 +79,7 @@ def _open_data(run: Run, opened: ExitStack) -> tuple[SampleStream, SampleStream 
     recipe, process = run.recipe, run.process
     if not recipe.data.train:
         raise UserError("data.train: no source is given, expected at least one; add [[data.train]] with a manifest")
+    check_epochs(recipe)
     train_stream, validation_stream = open_streams(recipe, run.ledger)
     streams = [stream for stream in (train_stream, validation_stream) if stream is not None]
     for stream in streams:

@@ -38,3 +38,11 @@ def test_epochs_are_counted_on_the_manifests(tmp_path: Path, capsys: pytest.Capt
     (source,) = json.loads(capsys.readouterr().out)["sources"]
     assert source["tokens"] == 10 * 8 * 16
     assert source["epochs"] == pytest.approx(1280 / len(tokens))
+    assert (source["second_epoch_from_update"], source["max_epochs"]) == (None, None)
+    assert main(["plan", str(path), "--json", "train.steps=30"]) == 0
+    (source,) = json.loads(capsys.readouterr().out)["sources"]
+    assert 2 < source["epochs"] < 4
+    assert source["second_epoch_from_update"] == len(tokens) // (8 * 16) + 1
+    assert main(["plan", str(path), "train.steps=30", "data.train.0.max_epochs=4"]) == 0
+    assert main(["plan", str(path), "train.steps=30", "data.train.0.max_epochs=2"]) == 2
+    assert f"times its {len(tokens):,}" in capsys.readouterr().err

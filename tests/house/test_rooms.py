@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 OURS = {"megatron_joy", "data_pipeline", "launch"}
 
 # What of megatron_joy.data says nothing about tensors.
-SHARD_FORMAT = {"data.shards", "data.manifest", "data.order", "data.verify", "data.blend", "data.atomic", "data.ledger"}
-TORCH_FREE_DATA = (*SHARD_FORMAT, "data.provenance", "data.zstd")
+SHARD_FORMAT = {"data.shards", "data.manifest", "data.order", "data.verify", "data.blend", "data.atomic"}
+TORCH_FREE_DATA = (*SHARD_FORMAT, "data.provenance", "data.zstd", "data.ledger", "data.caps")
 FOUNDATION = {"errors", "recipe", "platform"}
 TRAINING = FOUNDATION | {"model", "parallel", "precision", "optim", "data", "checkpoint"}
 
