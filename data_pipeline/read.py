@@ -51,7 +51,7 @@ class _SourceReader:
             if gone is not None:
                 self._dropped[gone.reason] += 1
                 place = {"source": self._name, "file": file.path, "offset": document.offset, "url": document.url}
-                self._sampler.add(gone.reason, gone.text, place)
+                self._sampler.add(gone.reason, gone.text, place, self._chain.without_personal_data)
                 return
             text, language, licence = draft.text.encode(), draft.language, draft.licence
         self._documents += 1
@@ -102,6 +102,7 @@ def read_settings(job: Job) -> Any:
     """What of a pipeline the documents depend on: sources, transforms, and the files that these read."""
     pipeline = job.pipeline
     transforms = [
-        [section.version, section.model_dump(), content_digest(section.files())] for section in pipeline.transforms
+        [section.version, section.model_dump(), section.fingerprint(), content_digest(section.files())]
+        for section in pipeline.transforms
     ]
     return [[source.model_dump() for source in pipeline.sources], pipeline.max_document_megabytes, transforms]

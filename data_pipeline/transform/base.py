@@ -48,6 +48,7 @@ class TransformSection(Section):
     version: ClassVar[int] = 1  # raised when the same settings give other bytes than before
     reasons: ClassVar[dict[str, str]] = {}  # why documents go, each with its meaning for people
     needs_url: ClassVar[bool] = False  # does nothing to documents without a URL
+    hides: ClassVar[bool] = False  # replaces what must not be shown
     takes_html: ClassVar[bool] = False  # turns pages into text
 
     name: Name | None = Field(None, description="What reports call it; none: its kind.")
@@ -68,6 +69,10 @@ class TransformSection(Section):
     def files(self) -> list[Path]:
         """Files and folders whose content the result depends on."""
         return []
+
+    def fingerprint(self) -> str | None:
+        """What the result depends on beside settings and files; it must not tell a secret."""
+        return None
 
     def problems(self) -> Iterator[str]:
         """What is wrong with its settings together: `key: what, fix`."""

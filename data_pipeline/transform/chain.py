@@ -3,7 +3,7 @@
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -60,6 +60,7 @@ class Chain:
 
     def __init__(self, sections: Sequence[TransformSection]) -> None:
         self._blocks = [(block_of(section), section.languages) for section in sections]
+        self._personal = [block_of(section) for section in sections if section.hides]
         self.accounts = [StageAccounts(section.label) for section in sections]
 
     def apply(self, draft: Draft) -> Gone | None:
@@ -86,6 +87,13 @@ class Chain:
             account.bytes_out += size
         return None
 
+    def without_personal_data(self, text: str) -> str:
+        """A text as it may be shown: samples of what is dropped early have not met the transforms behind."""
+        draft = Draft(text, None, "")
+        for block in self._personal:
+            block.apply(draft, Counter())
+        return draft.text
+
 
 def sections_for(sections: Iterable[TransformSection], source: str) -> list[TransformSection]:
     """The transforms that a source's documents go through."""
@@ -99,14 +107,19 @@ class Sampler:
         self._kept: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}
         self._number = 0
 
-    def add(self, reason: str, text: str, place: dict[str, Any]) -> None:
-        """Offer a document; `place` says where it is from."""
+    def add(self, reason: str, text: str, place: dict[str, Any], clean: Callable[[str], str] = str) -> None:
+        """Offer a document; `place` says where it is from, `clean` is applied to what is shown of it."""
         key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
         kept = self._kept.setdefault(reason, [])
         if len(kept) == SAMPLES and -kept[0][0] <= key:
             return
         self._number += 1
-        row = {"reason": reason, **place, "characters": len(text), "excerpt": text[:SAMPLE_CHARS]}
+        row = {
+            "reason": reason,
+            **place,
+            "characters": len(text),
+            "excerpt": clean(text[: 2 * SAMPLE_CHARS])[:SAMPLE_CHARS],
+        }
         entry = (-key, -self._number, row)
         if len(kept) < SAMPLES:
             heapq.heappush(kept, entry)

@@ -15,6 +15,7 @@ from data_pipeline.clean.urls import UrlBlocklistSection
 from data_pipeline.code.block import CodeSection
 from data_pipeline.extract.html import ExtractSection
 from data_pipeline.extract.normalise import NormaliseSection
+from data_pipeline.pii.block import PiiSection
 from data_pipeline.transform.base import TransformSection
 
 AnyTransform = Annotated[
@@ -28,6 +29,7 @@ AnyTransform = Annotated[
     | LanguageSection
     | LengthSection
     | NormaliseSection
+    | PiiSection
     | UrlBlocklistSection,
     Field(discriminator="kind"),
 ]

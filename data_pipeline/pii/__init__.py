@@ -1,0 +1,1 @@
+"""Personal data and secrets: found by form and checksum, replaced by typed placeholders."""
