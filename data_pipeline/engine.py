@@ -28,6 +28,7 @@ from megatron_joy.errors import UserError, WorkError
 
 WORK = "work"
 PLAN = "plan.json"
+PIPELINE = "pipeline.json"  # resolved, for whoever asks later what a document went through
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ def check_owner(pipeline: Pipeline) -> None:
 def save_plan(pipeline: Pipeline, plan: Plan) -> None:
     """Write the plan into an output folder that is the pipeline's own. Raises UserError when it is not."""
     check_owner(pipeline)
+    write_atomically(pipeline.folder / WORK / PIPELINE, pipeline.model_dump_json(indent=2).encode())
     write_atomically(plan_path(pipeline), orjson.dumps(asdict(plan)))
 
 

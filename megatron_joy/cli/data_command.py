@@ -18,6 +18,7 @@ from data_pipeline.run import EXECUTORS, Outcome, available_cpus, run_pipeline, 
 from megatron_joy.data.inspect import SetReport, document_report, report_set
 from megatron_joy.data.ledger import LEDGER_NAME, Step, load_ledger
 from megatron_joy.data.manifest import load_manifest
+from megatron_joy.data.provenance import DocumentOrigin
 from megatron_joy.data.verify import Verification, shard_sets, verify
 from megatron_joy.errors import UserError
 
@@ -195,11 +196,12 @@ def inspect_command(
     doc: Annotated[int, typer.Option(help="Number of the document in the set, from 0.")],
     as_json: Json = False,
 ) -> None:
-    """Show a document as text and tokens, and where it is from."""
+    """Show a document as text and tokens, where it is from, and what each step of the pipeline made of it."""
     sets = shard_sets(folder)
     if len(sets) > 1:
         raise UserError(f"{folder}: holds {len(sets)} shard sets; name one, as {sets[0]}")
     report = document_report(sets[0], doc)
+    report |= _history(sets[0].parent, report["origin"])
     if as_json:
         _print_json(report)
         return
@@ -207,7 +209,26 @@ def inspect_command(
     print(f"document {doc}: {report['shard']} document {report['document']}, {len(report['tokens'])} tokens")
     for key, value in origin.items():
         print(f"{key + ':':<12}{value}")
+    for step in report["history"] or ():
+        change = ", changed by it" if step["changed"] else ""
+        print(f"{'after:':<12}{step['step']}, {step['bytes']:,} bytes{change}")
+    for column, value in (report["scores"] or {}).items():
+        print(f"{'score:':<12}{column} {'missing' if value is None else f'{value:.4g}'}")
+    if report["history_missing"]:
+        print(f"note: {report['history_missing']}", file=sys.stderr)
     print(f"\n{report['text']}\n\n{' '.join(map(str, report['tokens']))}")
+
+
+def _history(folder: Path, origin: dict[str, Any] | None) -> dict[str, Any]:
+    """A document's steps through the pipeline, or why they cannot be told: its inputs may be gone."""
+    if origin is None:
+        return {"history": None, "history_missing": "the shard does not say where its documents are from"}
+    from data_pipeline.history import history
+
+    try:
+        return {"history": history(folder, DocumentOrigin(**origin)), "history_missing": None}
+    except UserError as error:
+        return {"history": None, "history_missing": str(error)}
 
 
 @app.command("trace", epilog="Example: joy data trace runs/joyai_tiny --step 12 --rank 0")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_joy.data.manifest import TOKENIZER_FOLDER, Manifest, load_manifest, manifest_path
+from megatron_joy.data.manifest import TOKENIZER_FOLDER, Manifest, ShardEntry, load_manifest, manifest_path
 from megatron_joy.data.provenance import DocumentOrigin, read_origins
 from megatron_joy.data.shards import ShardReader
 from megatron_joy.errors import UserError
@@ -69,8 +69,21 @@ def _locate(manifest: Manifest, number: int, folder: Path) -> tuple[int, int]:
     return shard, number - (ends[shard - 1] if shard else 0)
 
 
+def _scores(folder: Path, manifest: Manifest, entry: ShardEntry, document: int) -> dict[str, float | None] | None:
+    """A document's scores by column, None for one that it has not; None where documents have no scores."""
+    if entry.scores is None:
+        return None
+    try:
+        row = np.load(folder / entry.scores, mmap_mode="r", allow_pickle=False)[document]
+        values = [float(value) for value in row]
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"{folder / entry.scores}: cannot be read ({error}); see `joy data verify {folder}`") from None
+    known = [None if np.isnan(value) else value for value in values]
+    return dict(zip(manifest.score_columns, known, strict=True))
+
+
 def document_report(folder: Path | str, number: int) -> dict[str, Any]:
-    """Document `number` of a set (from 0): shard, document (its number there), origin, text, tokens; all of it JSON.
+    """Document `number` of a set (from 0): shard, document (its number there), origin, scores, text, tokens; JSON.
 
     Raises UserError when there is no such document, or the shard or the tokenizer cannot be read.
     """
@@ -93,6 +106,7 @@ def document_report(folder: Path | str, number: int) -> dict[str, Any]:
         "shard": entry.name,
         "document": document,
         "origin": None if origin is None else asdict(origin),
+        "scores": _scores(folder, manifest, entry, document),
         "text": text,
         "tokens": tokens,
     }

@@ -75,7 +75,7 @@ def test_inspect_shows_text_tokens_and_origin(out: Path, capsys: pytest.CaptureF
         (["inspect", "{out}", "--doc", "0"], "holds 2 shard sets; name one"),
         (["verify", "{out}/nowhere"], "no manifest.json here"),
         (["stats", "/dev/null"], "no manifest.json here"),
-        (["run", "demo", "--executor", "slurm"], "--executor local runs on this machine"),
+        (["run", "demo", "--executor", "spark"], "available: local, mpi, ray, slurm"),
         (["run", "nosuch"], "cannot be read"),
         (["run", "demo", "seed=x", "--workers", "0"], "--workers 0"),
     ],

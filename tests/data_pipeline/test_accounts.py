@@ -146,3 +146,34 @@ def test_bins_hold_every_value_and_one_wild_one_does_not_squeeze_the_others() ->
     assert (low, high) == (pytest.approx(0.005, abs=0.002), pytest.approx(0.995, abs=0.002))
     assert min(counts) > 80
     assert binned(np.array([3.0]), np.array([5]))[0].count(5) == 1
+
+
+def test_inspect_tells_what_each_step_made_of_a_document(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = 0
+    for split in ("train", "validation"):
+        for number in range(load_manifest(finished / split).totals.documents):
+            assert main(["data", "inspect", str(finished / split), "--doc", str(number), "--json"]) == 0
+            report = json.loads(capsys.readouterr().out)
+            steps = ["read", "length", "normalise"] if report["origin"]["source"] == "texts" else ["read", "normalise"]
+            assert [step["step"] for step in report["history"]] == steps
+            assert report["history"][-1]["bytes"] == report["origin"]["bytes_text"]
+            assert set(report["scores"]) == set(load_ledger(finished).scores)
+            changed += report["history"][-1]["changed"]
+            if number > 20:
+                break
+    assert changed >= 1
+
+
+def test_a_history_whose_input_has_changed_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_jsonl(tmp_path / "in" / "a.jsonl", texts(30))
+    run_inline(write_pipeline(tmp_path / "in", tmp_path / "out"))
+    source.write_bytes(source.read_bytes().replace(b"Text 3:", b"Text 4:"))
+    missing = 0
+    for split in ("train", "validation"):
+        for number in range(load_manifest(tmp_path / "out" / split).totals.documents):
+            assert main(["data", "inspect", str(tmp_path / "out" / split), "--doc", str(number), "--json"]) == 0
+            report = json.loads(capsys.readouterr().out)
+            said = report["history_missing"] or ""
+            assert ("gives another text now" in said) == ("Text 3:" in report["text"])
+            missing += bool(said)
+    assert missing == 1
