@@ -11,6 +11,7 @@ from data_pipeline.clean.fineweb import FinewebSection
 from data_pipeline.clean.gopher import GopherQualitySection, GopherRepetitionSection
 from data_pipeline.clean.language import LanguageSection
 from data_pipeline.clean.length import LengthSection
+from data_pipeline.clean.noise import NoiseSection
 from data_pipeline.clean.urls import UrlBlocklistSection
 from data_pipeline.code.block import CodeSection
 from data_pipeline.extract.html import ExtractSection
@@ -28,6 +29,7 @@ AnyTransform = Annotated[
     | GopherRepetitionSection
     | LanguageSection
     | LengthSection
+    | NoiseSection
     | NormaliseSection
     | PiiSection
     | UrlBlocklistSection,
