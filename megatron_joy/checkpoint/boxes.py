@@ -7,7 +7,7 @@ of any shapes, so what one layout wrote another can read, and nothing is gathere
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,29 @@ class Boxes(torch.Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Boxes({tuple(self.shape)}, {[(box.offset, tuple(box.data.shape)) for box in self.boxes]})"
+
+
+class LazyBoxes(Boxes):
+    """Boxes without elements: `read(offset, size)` makes those of a box when they are written."""
+
+    read: Callable[[Index, Index], Tensor]
+
+    @staticmethod
+    def of(
+        global_shape: Sequence[int],
+        dtype: torch.dtype,
+        parts: Sequence[tuple[Index, Index]],
+        read: Callable[[Index, Index], Tensor],
+    ) -> "LazyBoxes":
+        """parts: (offset, size) of each box."""
+        boxes = [Box(offset, torch.empty(size, dtype=dtype, device="meta")) for offset, size in parts]
+        self = LazyBoxes(global_shape, boxes)
+        self.read = read
+        return self
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        box = super().__get_tensor_shard__(index)
+        return self.read(tuple(index.offset or ()), tuple(box.shape))
 
 
 def flat_boxes(shape: Index, start: int, end: int) -> list[tuple[Index, Index]]:

@@ -62,6 +62,11 @@ class Marker:
         """Samples consumed, if the training loop said so (in its state's 'progress', or beside it)."""
         return self.state.get("progress", self.state).get("samples")
 
+    @property
+    def validation_loss(self) -> float | None:
+        """Loss on validation data of just these weights, if the training loop had validated them."""
+        return self.state.get("validation_loss")
+
     def entry(self, name: str) -> FileEntry:
         """The entry of a file; KeyError if the checkpoint has no such file."""
         for entry in self.files:

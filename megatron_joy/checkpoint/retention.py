@@ -1,7 +1,7 @@
 """Which checkpoints stay. The newest whole one always does, and so does one that somebody reads."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,10 +20,31 @@ class Pruned:
     notes: list[str] = field(default_factory=list)
 
 
-def prune(folder: Path, keep_last: int, attempt: int | None = None) -> Pruned:
-    """Keeps the `keep_last` (at least 1) newest whole checkpoints of a run's `checkpoints` and removes older ones.
+@dataclass(frozen=True)
+class Policy:
+    """Which whole checkpoints stay: each that any of the three rules names.
 
-    Folders that aren't whole go with them when they are older than the oldest kept; newer ones stay to be looked at.
+    last: so many of the newest, at least 1. every: those whose step is a multiple of it; 0: none for that reason.
+    best: so many with the lowest validation loss, of equal ones the newer; 0: none for that reason.
+    """
+
+    last: int
+    every: int = 0
+    best: int = 0
+
+    def kept(self, whole: Sequence[Checkpoint]) -> set[int]:
+        """Steps of the checkpoints that stay; `whole` is newest first."""
+        steps = {checkpoint.step for checkpoint in whole[: max(self.last, 1)]}
+        if self.every:
+            steps |= {checkpoint.step for checkpoint in whole if checkpoint.step % self.every == 0}
+        judged = [(loss, -one.step) for one in whole if (loss := one.marker.validation_loss) is not None]
+        return steps | {-negative for _, negative in sorted(judged)[: self.best]}
+
+
+def prune(folder: Path, policy: Policy, attempt: int | None = None) -> Pruned:
+    """Keeps the whole checkpoints of a run's `checkpoints` that the policy names and removes the others.
+
+    Folders that aren't whole go when they are older than the oldest of the last ones; newer ones stay to be looked at.
     What killed saves left behind goes when it is of an attempt before `attempt` (None: the newest that left a trace
     here): one of the same attempt may be being written. What can't be removed, or is being read, stays and is noted.
     One process calls this, not all ranks; quick checks only.
@@ -34,9 +55,11 @@ def prune(folder: Path, keep_last: int, attempt: int | None = None) -> Pruned:
     looked_at = [(path, examine(path, full=False)) for path in candidates(folder)]
     whole = [found for _, found in looked_at if isinstance(found, Checkpoint)]
     present = _newest_attempt(whole, folder) if attempt is None else attempt
-    oldest_kept = whole[: max(keep_last, 1)][-1] if whole else None
-    for path, _ in looked_at:
-        if oldest_kept is None or (step_of(path.name) or 0) >= oldest_kept.step:
+    kept = policy.kept(whole)
+    oldest_of_last = whole[: max(policy.last, 1)][-1].step if whole else 0
+    for path, found in looked_at:
+        step = step_of(path.name) or 0
+        if step >= oldest_of_last or (isinstance(found, Checkpoint) and step in kept):
             done.kept.append(path.name)
         else:
             _remove(path, done)

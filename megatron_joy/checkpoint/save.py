@@ -1,6 +1,7 @@
 """Writing a checkpoint: into a hidden folder, every file synced and hashed, then the marker, then one rename.
 
-A kill at any point leaves either the whole checkpoint or a hidden folder that nobody takes for one.
+A kill at any point leaves either the whole checkpoint or a hidden folder that nobody takes for one. `background` does
+the same beside training.
 """
 
 import hashlib
@@ -14,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_saver import save as write
 
 import megatron_joy
 from megatron_joy.checkpoint.contents import (
@@ -36,33 +35,37 @@ from megatron_joy.checkpoint.marker import (
     unfinished_name,
     write_marker,
 )
-from megatron_joy.checkpoint.storage import SavePlanner, Writer
-from megatron_joy.checkpoint.together import RanksFailed, each, one_line, together
+from megatron_joy.checkpoint.together import RanksFailed, each, to_first, together
+from megatron_joy.checkpoint.writing import Plan, Tensors, Written, agree, write_index, write_tensors
 from megatron_joy.errors import WorkError
 from megatron_joy.platform.process import Process
 from megatron_joy.recipe import Recipe, dump_recipe
 
 
 @dataclass(frozen=True)
-class _Save:
-    """One save on this rank."""
+class Save:
+    """One save, the same on all ranks. `state` is JSON and comes back as it is."""
 
     folder: Path
     step: int
     attempt: int
     recipe: Recipe
     process: Process
+    state: dict[str, Any]
 
     @property
     def final(self) -> Path:
+        """The checkpoint's folder."""
         return self.folder / folder_name(self.step)
 
     @property
     def partial(self) -> Path:
+        """The hidden folder until then."""
         return self.folder / unfinished_name(self.step, self.attempt)
 
     @property
     def aside(self) -> Path:
+        """Where an older checkpoint of the step waits for this one."""
         return self.folder / replaced_name(self.step)
 
 
@@ -86,19 +89,22 @@ def save_checkpoint(
     Raises WorkError on all ranks, nothing half-written left behind, when any rank couldn't write (a full disk): the
     model and the optimizer in memory are untouched, so the caller may go on.
     """
-    save = _Save(folder, step, attempt, recipe, process)
+    save = Save(folder, step, attempt, recipe, process, state)
+    first = process.is_first_rank
     try:
-        together(lambda: _make_partial(save))
-        tensors = each(lambda: _tensors(save, chunks, optimizer))
-        updates = max(together(lambda: 0 if optimizer is None else updates_done(optimizer)))
-        files = _write_tensors(save, tensors)
-        together(lambda: _commit(save, files, None if optimizer is None else updates, state))
+        together(lambda: make_partial(save))
+        tensors, updates = each(lambda: tensors_of(save, chunks, optimizer))
+        updates = most(together(lambda: updates))
+        plan = agree(save.partial, tensors, first)
+        written = to_first(lambda: write_tensors(save.partial, plan, tensors, first))
+        together(lambda: None if written is None else commit(save, plan, written, updates))
     except RanksFailed as failure:
-        raise WorkError(_give_up(save, failure)) from None
+        raise WorkError(give_up(save, failure)) from None
     return save.final
 
 
-def _make_partial(save: _Save) -> None:
+def make_partial(save: Save) -> None:
+    """On rank 0: the empty hidden folder."""
     if save.process.is_first_rank:
         save.folder.mkdir(parents=True, exist_ok=True)
         if save.partial.exists():
@@ -106,59 +112,61 @@ def _make_partial(save: _Save) -> None:
         save.partial.mkdir()
 
 
-def _tensors(save: _Save, chunks: Sequence[Any], optimizer: Any | None) -> dict[str, Any]:
+def tensors_of(save: Save, chunks: Sequence[Any], optimizer: Any | None) -> tuple[Tensors, int | None]:
+    """(what this rank writes, views of model and optimizer; updates done as this rank knows, None for weights only)."""
     pieces = pieces_of(chunks, save.process)
-    tensors: dict[str, Any] = dict(weight_boxes(pieces, to_write=True, optimizer=optimizer))
+    tensors: Tensors = dict(weight_boxes(pieces, to_write=True, optimizer=optimizer))
     if optimizer is not None:
         tensors |= optimizer_boxes(pieces, optimizer, to_write=True)
     if save.process.is_first_rank:
         tensors |= megatron_object(save.step)
-    return tensors
+    return tensors, None if optimizer is None else updates_done(optimizer)
 
 
-def _write_tensors(save: _Save, tensors: dict[str, Any]) -> list[FileEntry]:
-    """Every rank writes and hashes one file, rank 0 the index as well. Returns all files of all ranks."""
-    writer = Writer(save.partial)
-    try:
-        write(tensors, storage_writer=writer, planner=SavePlanner())
-    except CheckpointException as failure:  # torch raises it on all ranks
-        # What the disk said is clearer than what torch made of it.
-        said = together(lambda: one_line(writer.fs.error) if writer.fs.error else None)
-        reasons = {rank: reason for rank, reason in enumerate(said) if reason is not None}
-        raised = {rank: one_line(error) for rank, (error, _) in failure.failures.items()}
-        raise RanksFailed(reasons or raised) from None
-    written = together(lambda: list(writer.fs.files.values()))
-    return [entry for entries in written for entry in entries]
+def most(updates: Sequence[int | None]) -> int | None:
+    """Updates done: a rank without parameters knows of none."""
+    return max((count for count in updates if count is not None), default=None)
 
 
-def _commit(save: _Save, files: list[FileEntry], updates: int | None, state: dict[str, Any]) -> None:
-    """On rank 0: the small files, the marker, the rename."""
-    if not save.process.is_first_rank:
-        return
-    recipe = dump_recipe(save.recipe).encode()
-    (save.partial / RECIPE).write_bytes(recipe)
-    small = [save.partial / RECIPE, write_megatron_config(save.partial)]
+def commit(save: Save, plan: Plan, written: Sequence[Written], updates: int | None) -> None:
+    """On rank 0, in any thread: the index, the small files, the marker, the rename."""
+    files = write_index(save.partial, plan, written)
+    seal(
+        save.partial,
+        files,
+        dump_recipe(save.recipe).encode(),
+        step=save.step,
+        attempt=save.attempt,
+        world_size=save.process.info.world_size,
+        layout=save.recipe.layout.model_dump(),
+        optimizer_step=updates,
+        state=save.state,
+    )
+    _put_in_place(save)
+
+
+def seal(folder: Path, files: Sequence[FileEntry], recipe: bytes, **told: Any) -> None:
+    """Makes a folder with tensors and their index a checkpoint: recipe, metadata.json and the marker, all synced.
+
+    `told` is what the marker has beside files, time and versions.
+    """
+    (folder / RECIPE).write_bytes(recipe)
+    small = [folder / RECIPE, write_megatron_config(folder)]
     for path in small:
         sync(path)
     marker = Marker(
-        step=save.step,
-        attempt=save.attempt,
         time=time.time(),
-        world_size=save.process.info.world_size,
-        layout=save.recipe.layout.model_dump(),
         versions={
             "megatron_joy": megatron_joy.__version__,
             "megatron_core": version("megatron-core"),
             "torch": torch.__version__,
         },
         recipe_sha256=hashlib.sha256(recipe).hexdigest(),
-        optimizer_step=updates,
-        state=state,
         files=tuple(sorted([*files, *map(_entry, small)], key=lambda entry: entry.name)),
+        **told,
     )
-    write_marker(save.partial, marker)
-    sync(save.partial)
-    _put_in_place(save)
+    write_marker(folder, marker)
+    sync(folder)
 
 
 def _entry(path: Path) -> FileEntry:
@@ -174,7 +182,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _put_in_place(save: _Save) -> None:
+def _put_in_place(save: Save) -> None:
     """The rename that makes the checkpoint exist. One of the same step steps aside first and counts until then."""
     if save.final.exists():
         if save.aside.exists():
@@ -186,7 +194,7 @@ def _put_in_place(save: _Save) -> None:
         shutil.rmtree(save.aside)
 
 
-def _give_up(save: _Save, failure: RanksFailed) -> str:
+def give_up(save: Save, failure: RanksFailed) -> str:
     """Removes what was written and says what is left; the same line on all ranks."""
 
     def clean() -> str:

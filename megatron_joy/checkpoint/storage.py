@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pickle
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +19,16 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from megatron_joy.checkpoint.boxes import Box, Boxes, Index
 from megatron_joy.checkpoint.find import Problem, file_problem
 from megatron_joy.checkpoint.marker import Checkpoint, FileEntry
 from megatron_joy.errors import WorkError
 
 INDEX = ".metadata"  # torch.distributed.checkpoint's index of tensors, a pickle
+
+
+class GivenUp(Exception):
+    """The save was given up while a file was written."""
 
 
 class _HashedStream(io.RawIOBase):
@@ -33,6 +39,8 @@ class _HashedStream(io.RawIOBase):
         self.digest, self.size = hashlib.sha256(), 0
 
     def write(self, data: Any) -> int:
+        if self.files.given_up.is_set():
+            raise GivenUp("the save was given up")
         try:
             self.raw.write(data)
         except OSError as error:
@@ -64,12 +72,14 @@ class _HashedStream(io.RawIOBase):
 class HashingFileSystem(FileSystem):
     """Files that this rank wrote, by name, and the first error of the disk.
 
-    torch.save hides a full disk behind an error about its archive; `error` is what the disk said.
+    torch.save hides a full disk behind an error about its archive; `error` is what the disk said. Setting `given_up`,
+    from any thread, ends the writing at its next write.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, given_up: threading.Event | None = None) -> None:
         self.files: dict[str, FileEntry] = {}
         self.error: OSError | None = None
+        self.given_up = given_up or threading.Event()
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
@@ -95,9 +105,9 @@ class HashingFileSystem(FileSystem):
 class Writer(FileSystemWriter):
     """One file per rank, in this process, synced and hashed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, given_up: threading.Event | None = None) -> None:
         super().__init__(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
-        self.fs: HashingFileSystem = HashingFileSystem()
+        self.fs: HashingFileSystem = HashingFileSystem(given_up)
 
     def storage_meta(self) -> StorageMeta | None:
         """Nothing: it would be the path of the folder that is about to be renamed."""
@@ -189,12 +199,22 @@ class Reader(FileSystemReader):
 
     def tensor(self, key: str) -> Tensor:
         """A whole tensor on the CPU, in this process alone; it needs no process group. KeyError if there is none."""
+        size = tuple(self.tensors[key].size)
+        return self.box(key, tuple(0 for _ in size), size)
+
+    def box(self, key: str, offset: Index, size: Index) -> Tensor:
+        """As `tensor`, the elements from `offset` on, of `size`. The chunks in files that it meets are read whole."""
         entry = self.tensors[key]
-        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+        elements = torch.empty(size, dtype=entry.properties.dtype)
+        wanted = {key: Boxes(entry.size, [Box(offset, elements)])}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant
-            load({key: whole}, storage_reader=self, planner=LoadPlanner(), no_dist=True)
-        return whole
+            load(wanted, storage_reader=self, planner=LoadPlanner(), no_dist=True)
+        return elements
+
+    def parts(self, key: str) -> list[tuple[Index, Index]]:
+        """(offset, size) of each chunk of a tensor in the files: what `box` reads without waste."""
+        return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in self.tensors[key].chunks]
 
     @property
     def tensors(self) -> dict[str, TensorStorageMetadata]:

@@ -47,3 +47,42 @@ def each[T](action: Callable[[], T]) -> T:
     mine: list[T] = []
     together(lambda: mine.append(action()))
     return mine[0]
+
+
+def to_first[T](action: Callable[[], T]) -> list[T] | None:
+    """Calls `action` on every rank; rank 0 gets all results in rank order, the others None.
+
+    For results of which other ranks have no need: `together` would hand each to all. Raises as `together` does.
+    """
+    first = dist.get_rank() == 0
+    mine: tuple[Any, str | None] = (None, None)
+    try:
+        mine = (action(), None)
+    except Exception as error:
+        mine = (None, one_line(error))
+    answers: list[Any] | None = [None] * dist.get_world_size() if first else None
+    dist.gather_object(mine, answers)
+    told: list[Any] = [{rank: failure for rank, (_, failure) in enumerate(answers or []) if failure is not None}]
+    dist.broadcast_object_list(told)
+    if told[0]:
+        raise RanksFailed(told[0])
+    return None if answers is None else [value for value, _ in answers]
+
+
+def from_first[T](action: Callable[[], list[T]]) -> T:
+    """Calls `action` on rank 0, which makes a result for each rank, and returns this rank's.
+
+    Raises RanksFailed on all ranks if it raised.
+    """
+    answers: list[tuple[Any, str | None]] | None = None
+    if dist.get_rank() == 0:
+        try:
+            answers = [(value, None) for value in action()]
+        except Exception as error:
+            answers = [(None, one_line(error))] * dist.get_world_size()
+    mine: list[Any] = [None]
+    dist.scatter_object_list(mine, answers)
+    value, failure = mine[0]
+    if failure is not None:
+        raise RanksFailed({0: failure})
+    return value

@@ -122,6 +122,21 @@ MOOT: tuple[Moot, ...] = (
     ),
     *(
         Moot(
+            f"checkpoint.{key}",
+            ("checkpoint.interval",),
+            lambda recipe: recipe.checkpoint.interval == 0,
+            "no checkpoint is written in mid-run",
+        )
+        for key in ("asynchronous", "keep_every", "keep_best")
+    ),
+    Moot(
+        "checkpoint.keep_best",
+        ("train.validation_interval",),
+        lambda recipe: recipe.train.validation_interval == 0 and recipe.checkpoint.keep_best > 0,
+        "there is no validation",
+    ),
+    *(
+        Moot(
             f"schedule.{key}",
             ("stages",),
             lambda recipe: bool(recipe.stages),

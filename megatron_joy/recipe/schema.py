@@ -226,7 +226,16 @@ class CheckpointSection(Section):
     """When checkpoints are written and which ones stay."""
 
     interval: NonNegativeInt = Field(0, description="Steps between checkpoints; 0: only at the end and on SIGTERM.")
+    asynchronous: bool = Field(
+        False, description="Write beside training: a step waits for a copy in host memory only, as large as the share."
+    )
     keep_last: PositiveInt = Field(3, description="How many of the newest whole checkpoints to keep.")
+    keep_every: NonNegativeInt = Field(
+        0, description="Keep also each checkpoint whose step is a multiple of this; 0: none for that reason."
+    )
+    keep_best: NonNegativeInt = Field(
+        0, description="Keep also so many checkpoints with the lowest validation loss; 0: none for that reason."
+    )
 
 
 class GuardsSection(Section):

@@ -266,6 +266,31 @@ def _validation_batch(recipe: Recipe) -> str | None:
     )
 
 
+def _keep_every(recipe: Recipe) -> str | None:
+    every, interval = recipe.checkpoint.keep_every, recipe.checkpoint.interval
+    if every == 0 or interval == 0 or every % interval == 0:
+        return None
+    return (
+        f"checkpoint.keep_every = {every}: must be a multiple of checkpoint.interval = {interval}, other steps have no "
+        f"checkpoint; set checkpoint.keep_every = {nearest_multiple(every, interval)}"
+    )
+
+
+def _keep_best(recipe: Recipe) -> str | None:
+    best, interval, validation = (
+        recipe.checkpoint.keep_best,
+        recipe.checkpoint.interval,
+        recipe.train.validation_interval,
+    )
+    if best == 0 or interval == 0 or validation == 0 or interval % validation == 0:
+        return None
+    return (
+        f"checkpoint.interval = {interval}: must be a multiple of train.validation_interval = {validation}, since "
+        f"checkpoint.keep_best = {best} judges checkpoints by their validation loss; set checkpoint.interval = "
+        f"{nearest_multiple(interval, validation)}"
+    )
+
+
 def _fp8_widths(recipe: Recipe) -> str | None:
     """FP8 products want every matrix, as a rank has it, of whole groups of 16 (MXFP8: of its 32)."""
     fp8, model, layout = recipe.precision.fp8, recipe.model, recipe.layout
@@ -385,6 +410,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(("guards.spike", "guards.spike_loss", "guards.spike_grad_norm"), spike_signals),
     Rule(("guards.spike", "checkpoint.interval", "train.steps"), rollback_needs_checkpoints),
+    Rule(("checkpoint.keep_every", "checkpoint.interval"), _keep_every),
+    Rule(("checkpoint.keep_best", "checkpoint.interval", "train.validation_interval"), _keep_best),
     Rule(("data.train",), lambda recipe: blend_problem("data.train", recipe.data.train)),
     Rule(("data.validation",), lambda recipe: blend_problem("data.validation", recipe.data.validation)),
     Rule(("data.validation",), _validation_caps),

@@ -41,8 +41,8 @@ class Feature:
     def after_step(self, loop: "Loop", result: StepResult) -> None:
         """After the update; progress already counts it."""
 
-    def on_checkpoint(self, loop: "Loop", message: str) -> None:
-        """A whole checkpoint of this step is on disk; the message says where and how long it took."""
+    def on_checkpoint(self, loop: "Loop", step: int, message: str) -> None:
+        """A whole checkpoint of `step` is on disk, this step or an earlier one; the message says how long it took."""
 
     def on_decision(self, loop: "Loop", kind: str, message: str, **extra: Any) -> None:
         """A guard saw or did something (docs/guards.md lists the kinds), the same on all ranks."""

@@ -154,7 +154,5 @@ def _features(
     if guards.statistics_interval:
         features.append(Statistics(run, guards.statistics_interval))
     features.append(guard)
-    features.append(
-        Checkpointing(recipe.checkpoint.interval, recipe.checkpoint.keep_last, past.sources | train_stream.labels)
-    )
+    features.append(Checkpointing(run, past.sources | train_stream.labels))
     return features

@@ -8,7 +8,9 @@ from megatron_joy.checkpoint.marker import FileEntry, Marker, folder_name, write
 FILES = {"__0_0.distcp": b"weights" * 100, "__1_0.distcp": b"moments" * 200, ".metadata": b"index" * 10}
 
 
-def make_checkpoint(folder: Path, step: int, attempt: int = 0, name: str | None = None) -> Path:
+def make_checkpoint(
+    folder: Path, step: int, attempt: int = 0, name: str | None = None, validation_loss: float | None = None
+) -> Path:
     """A folder that is whole as far as marker, sizes and hashes go."""
     path = folder / (name or folder_name(step))
     path.mkdir(parents=True)
@@ -24,7 +26,7 @@ def make_checkpoint(folder: Path, step: int, attempt: int = 0, name: str | None 
         versions={"megatron_joy": "0", "megatron_core": "0", "torch": "0"},
         recipe_sha256="0" * 64,
         optimizer_step=step,
-        state={"step": step, "samples": 4 * step, "best": 0.1 + 0.2},
+        state={"step": step, "samples": 4 * step, "best": 0.1 + 0.2, "validation_loss": validation_loss},
         files=entries,
     )
     write_marker(path, marker)

@@ -69,6 +69,16 @@ CASES = [
     (["schedule.final_lr=0.1"], "schedule.final_lr = 0.1: must be at most schedule.peak_lr = 0.003", "0.0003"),
     (["data.validation=[]"], "names no data to validate on", "train.validation_interval = 0"),
     (["train.validation_samples=30"], "train.validation_samples = 30", "set train.validation_samples = 32"),
+    (
+        ["checkpoint.interval=100", "checkpoint.keep_every=250"],
+        "checkpoint.keep_every = 250: must be a multiple of checkpoint.interval = 100",
+        "set checkpoint.keep_every = 300",
+    ),
+    (
+        ["checkpoint.interval=50", "train.validation_interval=100", "checkpoint.keep_best=1"],
+        "checkpoint.interval = 50: must be a multiple of train.validation_interval = 100",
+        "set checkpoint.interval = 100",
+    ),
     (["data.train.0.weight=2"], "data.train.0.weight = 2.0: has no effect", "leave weight out"),
     (["data.train.1.manifest=data/demo/train/"], "is already data.train.0", "weight = 2"),
 ]
@@ -107,6 +117,9 @@ MOOT = [
     (["schedule.decay_steps=0", "schedule.decay_shape=linear"], 'schedule.decay_shape = "linear"'),
     (["schedule.decay_steps=0", "schedule.final_lr=1e-4"], "schedule.final_lr = 0.0001"),
     (["train.validation_interval=0", "train.validation_samples=8"], "train.validation_samples = 8"),
+    (["checkpoint.interval=0", "checkpoint.asynchronous=true"], "checkpoint.asynchronous = true"),
+    (["checkpoint.interval=0", "checkpoint.keep_every=5"], "checkpoint.keep_every = 5"),
+    (["train.validation_interval=0", "checkpoint.keep_best=2"], "checkpoint.keep_best = 2"),
     (["train.validation_interval=0", "data.validation.0.manifest=x"], "data.validation = "),
 ]
 

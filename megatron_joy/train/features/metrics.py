@@ -67,9 +67,9 @@ class Metrics(Feature):
             return None
         return result.expert_load.tolist()
 
-    def on_checkpoint(self, loop: Loop, message: str) -> None:
-        """Notes it."""
-        self.writer.event("checkpoint", loop.run.progress.step, message)
+    def on_checkpoint(self, loop: Loop, step: int, message: str) -> None:
+        """Notes it, at the step that the checkpoint is of."""
+        self.writer.event("checkpoint", step, message)
 
     def on_decision(self, loop: Loop, kind: str, message: str, **extra: Any) -> None:
         """Notes it under its own kind."""

@@ -1,0 +1,98 @@
+"""Checkpoints beside training: the numbers, the record and the end are as without; one at a time is on its way."""
+
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_joy.checkpoint.find import latest, open_checkpoint
+from tests.train.conftest import Unbroken
+from tests.train.minuscule import EP2, ONE, STEPS, numbers, signal_at, train, validation
+from tests.train.test_stop import TERM
+
+ASYNCHRONOUS = "checkpoint.asynchronous=true"
+
+
+def _slowly(seconds: float, stop: int | None = None) -> None:
+    """Each rank's tensors take longer than several steps; a signal comes in the midst of one."""
+    from megatron_joy.checkpoint import background
+
+    write = background.write_tensors
+
+    def then(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        return write(*arguments)
+
+    background.write_tensors = then
+    if stop is not None:
+        signal_at(stop, TERM, 1)
+
+
+def test_a_stop_waits_for_the_checkpoint_on_its_way_and_writes_its_own(
+    home: Path, tmp_path: Path, unbroken: Unbroken
+) -> None:
+    run = tmp_path / "run"
+    stopped = train(home, run, EP2, ASYNCHRONOUS, before=_slowly, inputs=(2.0, 4))
+    assert stopped.codes == [75, 75]
+    assert stopped.checkpoints == ["step_00000003", "step_00000004"]
+    written = [event for event in stopped.events if event["kind"] == "checkpoint"]
+    assert [event["step"] for event in written] == [3, 4]
+    assert "beside training, which waited" in written[0]["message"]
+    assert "beside" not in written[1]["message"]
+    ended = train(home, run, EP2, ASYNCHRONOUS)
+    assert ended.codes == [0, 0]
+    assert numbers(ended.rows) == numbers(unbroken(EP2).rows)
+    assert ended.checkpoints == ["step_00000004", "step_00000006", "step_00000008"]
+
+
+def test_a_checkpoint_that_is_due_waits_for_the_one_before(home: Path, tmp_path: Path, unbroken: Unbroken) -> None:
+    keep = (ASYNCHRONOUS, "checkpoint.interval=1", "checkpoint.keep_last=20")
+    ended = train(home, tmp_path / "run", ONE, *keep, before=_slowly, inputs=(0.3,))
+    assert ended.codes == [0]
+    assert [event["step"] for event in ended.events if event["kind"] == "checkpoint"] == list(range(1, STEPS + 1))
+    assert numbers(ended.rows) == numbers(unbroken(ONE).rows)
+    folder = ended.run / "checkpoints"
+    for step in range(1, STEPS + 1):
+        marker = open_checkpoint(folder / f"step_{step:08d}", full=True).marker
+        assert (marker.optimizer_step, marker.state["progress"]["step"]) == (step, step)
+
+
+def _full_at(step: int, rank: str) -> None:
+    """The disk of one rank is full while the tensors of a step are written; other files are small enough."""
+    from megatron_joy.checkpoint import background
+
+    write = background.write_tensors
+
+    def then(folder: Path, *arguments: Any) -> Any:
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if f"{step:08d}" in folder.name and os.environ["RANK"] == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            return write(folder, *arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+    background.write_tensors = then
+
+
+def test_a_disk_that_fills_beside_training_is_noted_and_the_last_good_state_survives(
+    home: Path, tmp_path: Path, unbroken: Unbroken
+) -> None:
+    ended = train(home, tmp_path / "run", EP2, ASYNCHRONOUS, before=_full_at, inputs=(6, "1"))
+    assert ended.codes == [0, 0]
+    (note,) = ended.told("note")
+    assert f"checkpoint of step 6 was not written to {ended.run / 'checkpoints'}: rank 1: File too large" in note
+    assert note.endswith("the last whole one is step_00000003; training goes on from memory")
+    assert ended.checkpoints == ["step_00000003", "step_00000008"]
+    assert numbers(ended.rows) == numbers(unbroken(EP2).rows)
+    assert latest(ended.run / "checkpoints", full=True).checkpoint.step == STEPS  # type: ignore[union-attr]
+
+
+def test_the_best_by_validation_loss_and_every_nth_are_kept(home: Path, tmp_path: Path) -> None:
+    policy = ("checkpoint.interval=1", "checkpoint.keep_last=1", "checkpoint.keep_every=3", "checkpoint.keep_best=2")
+    ended = train(home, tmp_path / "run", ONE, *validation(home, interval=1), *policy, ASYNCHRONOUS)
+    assert ended.codes == [0]
+    losses = sorted((row["validation_loss"], -row["step"]) for row in ended.rows)
+    kept = {STEPS, 3, 6, *(-step for _, step in losses[:2])}
+    assert ended.checkpoints == [f"step_{step:08d}" for step in sorted(kept)]
