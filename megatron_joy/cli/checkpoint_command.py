@@ -1,9 +1,9 @@
-"""`joy checkpoint`: list, verify, prune and inspect a run's checkpoints."""
+"""`joy checkpoint`: list, verify, prune, merge, show and compare a run's checkpoints."""
 
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,16 +12,23 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from megatron_joy.checkpoint.find import open_checkpoint
-from megatron_joy.checkpoint.marker import Marker, unfinished_of
+from megatron_joy.checkpoint.marker import RECIPE, Marker, unfinished_of
+from megatron_joy.checkpoint.retention import Policy
 from megatron_joy.checkpoint.retention import prune as prune_folder
 from megatron_joy.checkpoint.verify import Verdict, bytes_to_read, verdicts
 from megatron_joy.errors import UserError, WorkError
+from megatron_joy.recipe import load_recipe
 from megatron_joy.recipe.schema import CheckpointSection
 
-app = typer.Typer(help="List, verify, prune and inspect a run's checkpoints.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from megatron_joy.checkpoint.compare import Difference
+
+app = typer.Typer(help="List, verify, prune, merge, show and compare a run's checkpoints.", no_args_is_help=True)
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
+
+RECIPES = "as the run's recipe"
 
 DEGREES = {
     "tensor_model_parallel_size": "TP",
@@ -58,9 +65,7 @@ def list_command(run: Run, json_output: Json = False) -> None:
 def verify_command(run: Run, json_output: Json = False) -> None:
     """Read every byte of every checkpoint and hold it against what was committed; exit 1 if something is broken."""
     folder = checkpoints_of(run)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    with _bar() as bar:
         task = bar.add_task("verifying", total=bytes_to_read(folder))
         found = verdicts(folder, full=True, progress=lambda count: bar.advance(task, count))
     if json_output:
@@ -74,16 +79,29 @@ def verify_command(run: Run, json_output: Json = False) -> None:
         raise WorkError(f"{len(broken)} of {len(found)} checkpoints in {folder} are not whole: {names}")
 
 
-@app.command("prune", epilog="Example: joy checkpoint prune runs/joyai_tiny --keep-last 2")
+@app.command("prune", epilog="Example: joy checkpoint prune runs/joyai_tiny --keep-last 2 --keep-every 1000")
 def prune_command(
     run: Run,
     keep_last: Annotated[
-        int, typer.Option(min=1, help="How many of the newest whole checkpoints to keep.")
-    ] = CheckpointSection().keep_last,
+        int | None, typer.Option(min=1, help="How many of the newest whole checkpoints to keep.", show_default=RECIPES)
+    ] = None,
+    keep_every: Annotated[
+        int | None, typer.Option(min=0, help="Keep steps that are a multiple of this; 0: none.", show_default=RECIPES)
+    ] = None,
+    keep_best: Annotated[
+        int | None, typer.Option(min=0, help="Keep so many with the lowest validation loss.", show_default=RECIPES)
+    ] = None,
     json_output: Json = False,
 ) -> None:
-    """Remove all but the newest whole checkpoints, and what killed saves left behind. Never the last whole one."""
-    done = prune_folder(checkpoints_of(run), keep_last)
+    """Remove the checkpoints that no rule keeps, and what killed saves left behind. Never the last whole one."""
+    folder = checkpoints_of(run)
+    section = _checkpoint_section(folder.absolute().parent)
+    policy = Policy(
+        section.keep_last if keep_last is None else keep_last,
+        section.keep_every if keep_every is None else keep_every,
+        section.keep_best if keep_best is None else keep_best,
+    )
+    done = prune_folder(folder, policy)
     if json_output:
         print(json.dumps({"kept": done.kept, "removed": done.removed, "notes": done.notes}, indent=2))
         return
@@ -93,11 +111,62 @@ def prune_command(
         print(note)
 
 
-@app.command("inspect", epilog="Example: joy checkpoint inspect runs/joyai_tiny/checkpoints/step_00000300 --norms")
-def inspect_command(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder.")],
+def _checkpoint_section(run: Path) -> CheckpointSection:
+    """What the run's own recipe keeps; the defaults where the folder has no recipe."""
+    recipe = run / RECIPE
+    return load_recipe(str(recipe)).checkpoint if recipe.exists() else CheckpointSection()
+
+
+@app.command(
+    "merge", epilog="Example: joy checkpoint merge runs/joyai --last 4 --out runs/merged/checkpoints/step_00000000"
+)
+def merge_command(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="The new checkpoint's folder.", show_default=False)],
+    last: Annotated[int | None, typer.Option(min=2, help="So many of the newest.", show_default=False)] = None,
+    steps: Annotated[str, typer.Option(help="Steps to merge, as 1000,2000,3000.", show_default=False)] = "",
+    json_output: Json = False,
+) -> None:
+    """Write the mean of equally spaced checkpoints, weights and router biases, as a checkpoint to start from."""
+    from megatron_joy.checkpoint.merge import chosen_steps, merge
+
+    folder = checkpoints_of(run)
+    chosen = chosen_steps(folder, last, _steps(steps))
+    with _bar() as bar:
+        task = bar.add_task("merging", total=None)
+        merged = merge(folder, chosen, out, lambda count: bar.advance(task, count))
+    if json_output:
+        told = vars(merged) | {"checkpoint": str(out), "recipe": merged.recipe and str(merged.recipe)}
+        print(json.dumps(told, indent=2))
+        return
+    print(f"{out}: mean of steps {', '.join(map(str, merged.steps))}, {size_text(merged.bytes)} of weights")
+    if merged.recipe is not None:
+        print(f"start from it: joy pretrain {merged.recipe} run.folder={merged.recipe.parent}")
+
+
+def _steps(text: str) -> list[int]:
+    try:
+        return [int(step) for step in text.split(",") if step.strip()]
+    except ValueError:
+        raise UserError(f"--steps {text}: expected numbers with commas between them, as 1000,2000,3000") from None
+
+
+def _bar() -> Progress:
+    """A progress bar in bytes on a terminal's stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+
+
+Folder = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder.", show_default=False)]
+Prefix = Annotated[str, typer.Option(help="Only tensors whose key begins so.")]
+
+
+@app.command("show", epilog="Example: joy checkpoint show runs/joyai_tiny/checkpoints/step_00000300 --norms")
+def show_command(
+    checkpoint: Folder,
     norms: Annotated[bool, typer.Option("--norms", help="Read every tensor and show its Euclidean norm.")] = False,
-    prefix: Annotated[str, typer.Option(help="Only tensors whose key begins so.")] = "",
+    prefix: Prefix = "",
     json_output: Json = False,
 ) -> None:
     """Show the tensors of a checkpoint: key, shape, number format and, if asked for, norm."""
@@ -111,6 +180,40 @@ def inspect_command(
     for row in rows:
         norm = "" if row.norm is None else f"  {row.norm:.6e}"
         print(f"{row.key:<{width}}  {row.dtype:<8}  {list(row.shape)!s:<20}{norm}".rstrip())
+
+
+@app.command(
+    "diff",
+    epilog="Example: joy checkpoint diff runs/a/checkpoints/step_00000300 runs/b/checkpoints/step_00000300",
+)
+def diff_command(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint's folder.", show_default=False)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one's.", show_default=False)],
+    prefix: Prefix = "",
+    json_output: Json = False,
+) -> None:
+    """Compare two checkpoints tensor by tensor, whatever layouts wrote them; tensors that are equal aren't listed."""
+    from megatron_joy.checkpoint.compare import differences
+
+    rows = list(differences(open_checkpoint(a), open_checkpoint(b), prefix))
+    if json_output:
+        print(json.dumps([vars(row) for row in rows], indent=2))
+        return
+    differing = [row for row in rows if row.status != "equal"]
+    width = max((len(row.key) for row in differing), default=0)
+    for row in differing:
+        print(f"{row.key:<{width}}  {_difference_text(row)}")
+    print(f"{len(rows) - len(differing)} of {len(rows)} tensors are equal")
+
+
+def _difference_text(row: "Difference") -> str:
+    if row.max_absolute is None:
+        return row.status if row.status != "shape" else f"shape {list(row.shape_a or ())} and {list(row.shape_b or ())}"
+    dtypes = f"  {row.dtype_a} and {row.dtype_b}" if row.dtype_a != row.dtype_b else ""
+    return (
+        f"largest difference {row.max_absolute:.3e}, relative {row.max_relative:.3e}, "
+        f"norms {row.norm_a:.6e} and {row.norm_b:.6e}{dtypes}"
+    )
 
 
 def checkpoints_of(run: Path) -> Path:

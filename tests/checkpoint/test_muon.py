@@ -55,6 +55,26 @@ def test_resuming_has_the_bits_of_the_unbroken_run_and_other_layouts_its_state(
         assert differing([saved for _, saved, _ in unbroken], [loaded for _, loaded, _ in elsewhere]) == []
 
 
+def _handed_on(recipe: Recipe, source: Path, target: Path) -> Any:
+    """Loads what another layout wrote and writes it again."""
+    run = worlds.Run.start(recipe)
+    run.disturb()
+    run.load(source / STEP)
+    run.save(target, 2)
+    return run.boxes()
+
+
+def test_state_that_goes_from_layout_to_layout_keeps_its_bits(tmp_path: Path) -> None:
+    """Every kind of split, written and read: TP, PP with VPP, CP, TP with EP, TP with ETP, PP with EP."""
+    first = [saved for _, saved, _ in run_world(_unbroken, 2, made("tp2"), tmp_path / "tp2")]
+    before = "tp2"
+    for layout in ("pp2vpp2", "cp2", "tp2ep2", "tp2etp2", "pp2ep2", "dp2"):
+        size = worlds.world_size(layout)
+        held = run_world(_handed_on, size, made(layout), tmp_path / before, tmp_path / layout)
+        assert differing(first, held) == [], layout
+        before = layout
+
+
 def _refusal(recipe: Recipe, folder: Path) -> str:
     run = worlds.Run.start(recipe)
     before = run.boxes()
