@@ -22,9 +22,10 @@ LOSSES = ("loss", "mtp_loss", "grad_norm")
 
 ONE: tuple[str, ...] = ()
 EP2 = ("layout.data_parallel_size=2", "layout.expert_model_parallel_size=2")
-EP2_MUON = (*EP2, "optimizer.name=muon")
+ONE_MUON = ("optimizer.name=muon",)
+EP2_MUON = (*EP2, *ONE_MUON)
 PP2 = ("layout.pipeline_model_parallel_size=2", "layout.pipeline_layer_counts=[2, 1]")
-PROCESSES = {ONE: 1, EP2: 2, EP2_MUON: 2, PP2: 2}
+PROCESSES = {ONE: 1, ONE_MUON: 1, EP2: 2, EP2_MUON: 2, PP2: 2}
 
 Row = dict[str, Any]
 
