@@ -49,8 +49,11 @@ def main() -> None:
             cases.append(case)
             generator = random.Random(f"{arguments.seed} {name}")
             for fallen in endure(home, Path(scratch) / str(number), layout, case, share, generator):
-                print(f"\r{name}: {fallen} of {share} ", end="", file=sys.stderr, flush=True)
-            print(file=sys.stderr)
+                told = (
+                    f"{name}: {fallen} of {share}, {case.compared} runs compared, {len(case.differences)} differences"
+                )
+                print(f"\r{told} ", end="", file=sys.stderr, flush=True)
+            print(f"\n{row(case)}", file=sys.stderr, flush=True)
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for case in cases:
         print(row(case))

@@ -124,6 +124,7 @@ def train(
     *overrides: str,
     before: Callable[..., None] | None = None,
     inputs: Sequence[Any] = (),
+    patience: float = 120.0,
 ) -> Outcome:
     """`joy pretrain` on all ranks of a layout, to its end. Raises WorldFailed when a rank is killed."""
     arguments = ["pretrain", str(home / "minuscule.toml"), f"run.folder={run}", *layout, *overrides]
@@ -131,7 +132,7 @@ def train(
     for old in logs.glob("*"):
         old.unlink()
     size = PROCESSES[layout]
-    codes = run_world(joy, size, arguments, before, inputs, log_folder=logs)
+    codes = run_world(joy, size, arguments, before, inputs, log_folder=logs, timeout=patience)
     return Outcome(codes, [(logs / f"rank_{rank}.log").read_text() for rank in range(size)], run)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_joy.checkpoint.find import latest, open_checkpoint
 from tests.train.conftest import Unbroken
 from tests.train.minuscule import EP2, ONE, STEPS, numbers, signal_at, train, validation
+from tests.train.test_guards import ROLLBACK, poison
 from tests.train.test_stop import TERM
 
 ASYNCHRONOUS = "checkpoint.asynchronous=true"
@@ -87,6 +88,23 @@ def test_a_disk_that_fills_beside_training_is_noted_and_the_last_good_state_surv
     assert ended.checkpoints == ["step_00000003", "step_00000008"]
     assert numbers(ended.rows) == numbers(unbroken(EP2).rows)
     assert latest(ended.run / "checkpoints", full=True).checkpoint.step == STEPS  # type: ignore[union-attr]
+
+
+def _poisoned_and_slow() -> None:
+    _slowly(2.0)
+    poison(70, 50.0)
+
+
+def test_going_back_waits_for_the_checkpoint_on_its_way_and_goes_to_it(home: Path, tmp_path: Path) -> None:
+    plain = train(home, tmp_path / "plain", EP2, *ROLLBACK, before=poison, inputs=(70, 50.0))
+    ended = train(home, tmp_path / "run", EP2, *ROLLBACK, ASYNCHRONOUS, before=_poisoned_and_slow)
+    assert (plain.codes, ended.codes) == ([0, 0], [0, 0])
+    kinds = [event["kind"] for event in ended.events if event["kind"] in ("checkpoint", "rollback")]
+    assert kinds[:3] == ["checkpoint", "checkpoint", "rollback"]
+    (event,) = [event for event in ended.events if event["kind"] == "rollback"]
+    assert event["back_to"] == 6  # written two steps before the spike was seen
+    assert numbers(ended.rows) == numbers(plain.rows)
+    assert ended.checkpoints == plain.checkpoints
 
 
 def test_the_best_by_validation_loss_and_every_nth_are_kept(home: Path, tmp_path: Path) -> None:

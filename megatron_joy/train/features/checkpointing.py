@@ -74,7 +74,7 @@ class Checkpointing(Feature):
                 f"step {loop.run.progress.step}: the update made weights NaN or infinite; they are not saved, the same "
                 "command goes on from the last checkpoint; lower schedule.peak_lr"
             )
-        self.settle(loop)  # one at a time
+        self._settle(loop)  # one at a time
         try:
             self._begin(loop, self._save(loop), wait=must_succeed)
         except WorkError as error:
@@ -82,7 +82,11 @@ class Checkpointing(Feature):
                 raise
             loop.tell("on_note", f"{error}; training goes on from memory")
 
-    def settle(self, loop: Loop) -> None:
+    def on_rollback(self, loop: Loop) -> None:
+        """Finishes what is on its way: it may be what the run goes back to."""
+        self._settle(loop)
+
+    def _settle(self, loop: Loop) -> None:
         """Waits for the checkpoint that is on its way, if one is; all ranks together."""
         if self.background is not None:
             self._told(loop, self.background.settle())
