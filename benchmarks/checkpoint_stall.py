@@ -6,7 +6,9 @@ it is committed. A drifting machine touches both kinds alike. At the end one syn
     python benchmarks/checkpoint_stall.py [--recipe joyai_mini] [--cycles 5] [--plain 6] [--threads 1] [k=v ...]
 
 prints one JSON object. On a CPU the thread that writes takes its share of the cores that compute; with fewer threads
-than cores it has one for itself, as on a machine whose GPUs compute. The promise is a ratio of at most 1.05.
+than cores it has one for itself, as on a machine whose GPUs compute. The promise is a ratio of at most 1.05. With one
+thread, seconds of CPU of the thread that computes tell more than the clock's where others use the machine too; what
+they can't tell is waiting, for Python's lock or for a core.
 """
 
 import argparse
@@ -15,11 +17,12 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from step_overhead import ONE_PROCESS, batches_in_memory
 
+from megatron_joy.checkpoint import background
 from megatron_joy.checkpoint.background import BackgroundSaver, Outcome
 from megatron_joy.checkpoint.save import Save, save_checkpoint
 from megatron_joy.model.build import build_model
@@ -31,6 +34,13 @@ from megatron_joy.train.step import Trainer
 SMALL_STEPS = ("data.sequence_length=512", "train.global_batch_size=2", "train.micro_batch_size=1")
 
 
+class Seconds(NamedTuple):
+    """Of one step, by the clock and of the CPU."""
+
+    clock: float
+    cpu: float
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """The cycles and the synchronous save."""
     quiet = [f"train.steps={10**6}", "train.validation_interval=0"]
@@ -40,15 +50,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     trainer = Trainer(recipe, process, build_model(recipe, process))
     batches, number = batches_in_memory(recipe), 0
     saver, outcomes = BackgroundSaver(process), list[Outcome]()
-    alone: list[float] = []
-    beside: list[list[float]] = []
+    alone: list[Seconds] = []
+    beside: list[list[Seconds]] = []
+    copying: list[float] = []
+    writing = time_the_writer()
 
-    def step() -> float:
+    def step() -> Seconds:
         nonlocal number
         number += 1
-        started = time.perf_counter()
+        clock, cpu = time.perf_counter(), time.thread_time()
         trainer.step(number, batches)
-        return time.perf_counter() - started
+        return Seconds(time.perf_counter() - clock, time.thread_time() - cpu)
 
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         save = Save(Path(folder), 1, 0, recipe, process, {})
@@ -56,7 +68,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             step()  # the first ones warm up
         for _ in range(arguments.cycles):
             alone += [step() for _ in range(arguments.plain)]
+            cpu = time.thread_time()
             saver.begin(save, trainer.chunks, trainer.optimizer, list)
+            copying.append(time.thread_time() - cpu)
             beside.append([])
             outcome = None
             while outcome is None:
@@ -72,6 +86,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         size = sum(file.stat().st_size for file in path.iterdir())
     processes.stop()
     return figures(alone, beside, outcomes) | {
+        "copy_cpu_seconds": round(statistics.median(copying[1:]), 3),
+        "writer_cpu_seconds": round(statistics.median(writing), 3),
         "recipe": recipe.name,
         "threads": arguments.threads,
         "megabytes": round(size / 1e6),
@@ -80,18 +96,34 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def figures(alone: list[float], beside: list[list[float]], outcomes: list[Outcome]) -> dict[str, Any]:
+def time_the_writer() -> list[float]:
+    """Seconds of CPU that the thread needs to hash, write and sync a file, one entry a save as they come."""
+    write, seconds = background.write_tensors, list[float]()
+
+    def timed(*arguments: Any) -> Any:
+        began = time.thread_time()
+        written = write(*arguments)
+        seconds.append(time.thread_time() - began)
+        return written
+
+    background.write_tensors = timed
+    return seconds
+
+
+def figures(alone: list[Seconds], beside: list[list[Seconds]], outcomes: list[Outcome]) -> dict[str, Any]:
     """Medians; the first save, which makes the buffers, apart from the others."""
-    steps = [seconds for cycle in beside for seconds in cycle]
-    median = statistics.median(alone)
-    return {
-        "step_seconds_alone": round(median, 3),
-        "step_seconds_beside_a_save": round(statistics.median(steps), 3),
-        "ratio": round(statistics.median(steps) / median, 3),
-        "quartiles_alone": [round(q, 3) for q in statistics.quantiles(alone, n=4)],
-        "quartiles_beside": [round(q, 3) for q in statistics.quantiles(steps, n=4)],
-        "steps_alone": len(alone),
-        "steps_beside": len(steps),
+    steps = [step for cycle in beside for step in cycle]
+    told: dict[str, Any] = {"steps_alone": len(alone), "steps_beside": len(steps)}
+    for kind in Seconds._fields:
+        without, within = ([getattr(step, kind) for step in some] for some in (alone, steps))
+        told |= {
+            f"{kind}_alone": round(statistics.median(without), 3),
+            f"{kind}_beside": round(statistics.median(within), 3),
+            f"{kind}_ratio": round(statistics.median(within) / statistics.median(without), 3),
+            f"{kind}_quartiles_alone": [round(q, 3) for q in statistics.quantiles(without, n=4)],
+            f"{kind}_quartiles_beside": [round(q, 3) for q in statistics.quantiles(within, n=4)],
+        }
+    return told | {
         "first_waited_seconds": round(outcomes[0].waited, 3),
         "waited_seconds": round(statistics.median(one.waited for one in outcomes[1:]), 3),
         "seconds_to_commit": round(statistics.median(one.seconds for one in outcomes), 2),
