@@ -12,6 +12,7 @@ from data_pipeline.clean.gopher import GopherQualitySection, GopherRepetitionSec
 from data_pipeline.clean.language import LanguageSection
 from data_pipeline.clean.length import LengthSection
 from data_pipeline.clean.noise import NoiseSection
+from data_pipeline.clean.site_lines import SiteLinesSection
 from data_pipeline.clean.urls import UrlBlocklistSection
 from data_pipeline.code.block import CodeSection
 from data_pipeline.extract.html import ExtractSection
@@ -32,6 +33,7 @@ AnyTransform = Annotated[
     | NoiseSection
     | NormaliseSection
     | PiiSection
+    | SiteLinesSection
     | UrlBlocklistSection,
     Field(discriminator="kind"),
 ]
