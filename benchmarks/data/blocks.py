@@ -1,6 +1,6 @@
 """Speed of each reader and transform by itself, in MB of its input per CPU second, beside a peer where there is one.
 
-    python benchmarks/data/blocks.py [--megabytes 4]
+    python benchmarks/data/blocks.py [--megabytes 1.5]
 
 Text is the Python environment's documentation and sources; pages are made (benchmarks/shared/pages.py). Peers run from
 their packages, on the same input and in the same process: fastwarc, orjson, pyarrow and datatrove's filters. These take
@@ -165,11 +165,11 @@ def transforms(texts: list[str], folder: Path) -> None:
 
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=4.0)
+    parser.add_argument("--megabytes", type=float, default=1.5)
     megabytes = parser.parse_args(arguments).megabytes
     texts = [text.decode() for text in environment_texts(megabytes)]
     began = time.monotonic()
-    pages = [(page.url, page.html) for page in made_pages(int(150 * megabytes))]
+    pages = [(page.url, page.html) for page in made_pages(int(300 * megabytes))]
     print("| block | MB per CPU second | peer | ours : peer |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         readers(Path(name), texts, pages)

@@ -124,8 +124,17 @@ class _Repetition(Block):
 
     def _grams(self, grams: Grams, size: int) -> str | None:
         most = self._section.grams * size
-        if any(grams.top_characters(n) > share * most for n, share in TOP_GRAMS):
+        count, characters = grams.most_frequent(TOP_GRAMS[0][0])
+        if count * characters > TOP_GRAMS[0][1] * most:
             return "top_grams"
+        for n, share in TOP_GRAMS[1:]:
+            # A longer gram is no more frequent than the most frequent shorter one: mostly that settles it.
+            if count * grams.longest(n) > share * most:
+                times, characters = grams.most_frequent(n)
+                if times * characters > share * most:
+                    return "top_grams"
+        if grams.covered_characters(REPEATED_GRAMS[0][0]) <= REPEATED_GRAMS[-1][1] * most:
+            return None
         if any(grams.repeated_characters(n) > share * most for n, share in REPEATED_GRAMS):
             return "repeated_grams"
         return None

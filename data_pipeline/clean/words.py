@@ -99,27 +99,49 @@ class Grams:
     def _characters(self, n: int) -> npt.NDArray[np.int64]:
         return self._ends[n:] - self._ends[:-n]
 
-    def top_characters(self, n: int) -> int:
-        """Characters of the most frequent n-gram (of several the first), blanks between words too, times its count."""
+    def most_frequent(self, n: int) -> tuple[int, int]:
+        """How often the most frequent n-gram occurs, and its characters, blanks between words too (of several the
+        first one's); (0, 0) where there is none.
+        """
         hashes = self._hashes(n)
         if not len(hashes):
-            return 0
+            return 0, 0
         _, first, counts = np.unique(hashes, return_index=True, return_counts=True)
         most = counts.max()
         place = first[counts == most].min()
-        return int((self._characters(n)[place] + n - 1) * most)
+        return int(most), int(self._characters(n)[place] + n - 1)
+
+    def longest(self, n: int) -> int:
+        """Characters of the longest n-gram, blanks between words too."""
+        sizes = self._characters(n)
+        return int(sizes.max()) + n - 1 if len(sizes) else 0
+
+    def covered_characters(self, n: int) -> int:
+        """Characters inside n-grams that occurred before; of no longer n-gram are more repeated."""
+        hashes = self._hashes(n)
+        if not len(hashes):
+            return 0
+        repeated = np.ones(len(hashes), dtype=bool)
+        repeated[np.unique(hashes, return_index=True)[1]] = False
+        if not repeated.any():
+            return 0
+        edges = np.zeros(len(self._ids) + 1, dtype=np.int64)
+        edges[: len(hashes)] += repeated
+        edges[n : n + len(hashes)] -= repeated
+        inside = np.cumsum(edges[:-1]) > 0
+        return int(np.diff(self._ends)[inside].sum())
 
     def repeated_characters(self, n: int) -> int:
         """Characters of n-grams that occurred before; from a repeat the count goes on behind it."""
         hashes = self._hashes(n)
         if len(np.unique(hashes)) == len(hashes):
             return 0
-        sizes, listed = self._characters(n), hashes.tolist()
+        sizes, listed = self._characters(n).tolist(), hashes.tolist()
         seen: set[int] = set()
         total = place = 0
         while place < len(listed):
             if listed[place] in seen:
-                total += int(sizes[place])
+                total += sizes[place]
                 place += n
             else:
                 seen.add(listed[place])

@@ -156,7 +156,9 @@ def test_repeated_ngrams_are_counted_as_by_hand(words: list[str], n: int) -> Non
     assert Grams(words).repeated_characters(n) == expected
     grams = Counter(" ".join(words[start : start + n]) for start in range(len(words) - n + 1))
     top = grams.most_common(1)
-    assert Grams(words).top_characters(n) == (len(top[0][0]) * top[0][1] if top else 0)
+    assert Grams(words).most_frequent(n) == ((top[0][1], len(top[0][0])) if top else (0, 0))
+    assert Grams(words).longest(n) == max(map(len, grams), default=0)
+    assert all(Grams(words).repeated_characters(more) <= Grams(words).covered_characters(n) for more in range(n, 9))
 
 
 @settings(deadline=None, max_examples=100)
