@@ -176,8 +176,8 @@ class World:
                     log.write(printed)
 
 
-def start(recipe: Recipe, recipe_name: str, overrides: Sequence[str]) -> World:
-    """Starts all ranks of a recipe."""
+def start(recipe: Recipe, recipe_name: str, overrides: Sequence[str], words: Sequence[str] = ()) -> World:
+    """Starts all ranks of a recipe, with another command than training's where `words` gives one."""
     port, launcher, reasons = free_port(), os.getpid(), Reasons()
 
     def in_child() -> None:
@@ -193,7 +193,7 @@ def start(recipe: Recipe, recipe_name: str, overrides: Sequence[str]) -> World:
         output.append(tempfile.TemporaryFile() if rank else None)  # noqa: SIM115 (open as long as the ranks run)
         processes.append(
             subprocess.Popen(
-                rank_command(recipe_name, overrides),
+                words or rank_command(recipe_name, overrides),
                 env=os.environ | rank_environment(recipe, rank, port) | {VARIABLE: str(reasons.descriptor)},
                 stdin=subprocess.DEVNULL,
                 stdout=output[rank],

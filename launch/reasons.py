@@ -1,11 +1,17 @@
-"""How a rank that fails tells its launcher why: a line of JSON in a pipe, whose order is that of the failures."""
+"""How a rank that leaves tells its launcher why: a line of JSON in a pipe, whose order is that of the failures.
+
+Where the launcher shares no pipe with its ranks (MPI forwards what they print, nothing else), the line goes to stderr
+with a mark before it.
+"""
 
 import json
 import os
 import stat
 from dataclasses import asdict, dataclass
 
-VARIABLE = "JOY_REASONS_FD"  # a rank's environment: number of the pipe's open descriptor
+VARIABLE = "JOY_REASONS_FD"  # a rank's environment: number of the pipe's open descriptor, or MARKED
+MARKED = "stderr"
+MARK = b"\x1ejoy reason: "  # no line that a rank prints begins with ASCII's record separator
 LONGEST = 3000  # characters of a message; a line below PIPE_BUF (4096 bytes) is never mixed with another rank's
 
 
@@ -18,6 +24,26 @@ class Reason:
     message: str
 
 
+def keep_stderr() -> None:
+    """Called before a rank's stderr becomes its log: marked lines go to where it led before."""
+    if os.environ.get(VARIABLE) == MARKED:
+        os.environ[VARIABLE] = f"{MARKED}:{os.dup(2)}"
+
+
+def launcher_reads_marks() -> bool:
+    """Whether marked lines are how the launcher hears of this rank."""
+    return os.environ.get(VARIABLE, "").startswith(MARKED)
+
+
+def marked_reason(line: str) -> Reason | None:
+    """The reason in a line of stderr; None for any other line."""
+    _, mark, told = line.partition(MARK.decode())
+    try:
+        return Reason(**json.loads(told)) if mark else None
+    except (ValueError, TypeError):
+        return None
+
+
 def tell_launcher(reason: Reason) -> bool:
     """Hands the reason to the launcher; False where none listens and the rank has to say it itself."""
     descriptor = os.environ.get(VARIABLE, "")
@@ -25,6 +51,10 @@ def tell_launcher(reason: Reason) -> bool:
     if len(line) > 4096:  # many bytes a character
         line = json.dumps(asdict(reason) | {"message": reason.message[: LONGEST // 6]}).encode() + b"\n"
     try:
+        if descriptor.startswith(MARKED):
+            _, _, number = descriptor.partition(":")
+            os.write(int(number or 2), MARK + line)
+            return True
         if not stat.S_ISFIFO(os.fstat(int(descriptor)).st_mode):
             return False
         os.write(int(descriptor), line)

@@ -38,6 +38,7 @@ COMMANDS: dict[str, Command] = {
         "tokenizer": "train a tokenizer",
         "plan": "what a run will do: its stages, and what it reads of each source",
         "prove": "a recipe's layout in small on CPU against one process",
+        "preflight": "are the nodes fit for a run: versions, GPUs, network, files, clocks",
         "pretrain": "the training process itself (what launchers start on each rank)",
         "launch": "start a run on this machine, under Slurm or under MPI",
         "status": "where a run stands",

@@ -1,15 +1,16 @@
 """`joy pretrain`: the training process of one rank."""
 
+import datetime
 import sys
-import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from launch.reasons import Reason, tell_launcher
+from launch.reasons import Reason, keep_stderr, launcher_reads_marks, tell_launcher
 from megatron_joy.errors import UserError, WorkError
 from megatron_joy.platform.rank import rank_info
 from megatron_joy.platform.stop_request import StopRequest
@@ -31,6 +32,7 @@ def pretrain_command(
     The same command goes on with a run that was stopped or killed. Exits 0 when all steps are done, 75 when SIGTERM or
     Ctrl-C made it checkpoint and leave, 2 on a mistake in recipe or data, 1 when the work failed.
     """
+    keep_stderr()
     try:
         done = _pretrain(recipe, overrides or [])
     except (UserError, WorkError) as error:
@@ -39,7 +41,9 @@ def pretrain_command(
             sys.exit(code)  # the launcher says it, once for all ranks
         raise
     if not done:
-        sys.exit(EXIT_STOPPED)
+        # mpiexec takes any code but 0 for a failure, and kills ranks that are still writing.
+        stopped = Reason(rank_info().rank, EXIT_STOPPED, "stopped as asked")
+        sys.exit(0 if launcher_reads_marks() and tell_launcher(stopped) else EXIT_STOPPED)
 
 
 def _pretrain(recipe: str, overrides: Sequence[str]) -> bool:
@@ -49,7 +53,11 @@ def _pretrain(recipe: str, overrides: Sequence[str]) -> bool:
             from megatron_joy.train.pretrain import pretrain
 
             return pretrain(resolved, stop)
-        except (UserError, WorkError):
+        except UserError:
+            raise
+        except WorkError as error:
+            with suppress(OSError):
+                _append(resolved, f"WorkError: {error}", begin=False)
             raise
         except Exception as error:
             raise WorkError(_logged(error, resolved)) from error
@@ -57,15 +65,23 @@ def _pretrain(recipe: str, overrides: Sequence[str]) -> bool:
 
 def _logged(error: Exception, recipe: Recipe) -> str:
     """Puts an unforeseen error's traceback into the rank's log; a line that says what and where."""
-    rank = rank_info().rank
-    log = Path(recipe.run.folder or "") / "logs" / f"rank_{rank}.log"
-    what = f"rank {rank}: " + " ".join(f"{type(error).__name__}: {error}".split())
-    text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank} failed\n{traceback.format_exc()}"
+    what = f"rank {rank_info().rank}: " + " ".join(f"{type(error).__name__}: {error}".split())
+    text = traceback.format_exc()
     try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a") as stream:
-            stream.write(text)
+        return f"{what}; the traceback is in {_append(recipe, text)}"
     except OSError as full:
         print(text, file=sys.stderr)
-        return f"{what} (its traceback is above: {log} can't be written: {full.strerror})"
-    return f"{what}; the traceback is in {log}"
+        return f"{what} (its traceback is above: {full.filename} can't be written: {full.strerror})"
+
+
+def _append(recipe: Recipe, text: str, begin: bool = True) -> Path:
+    """Puts why this rank failed into its log, for `joy status` to find; `begin`: also where there is no log yet."""
+    rank = rank_info().rank
+    log = Path(recipe.run.folder or "") / "logs" / f"rank_{rank}.log"
+    now = datetime.datetime.now().isoformat(sep=" ", timespec="milliseconds")
+    if begin:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    if begin or log.exists():
+        with open(log, "a") as stream:
+            stream.write(f"{now} rank {rank} failed\n{text.rstrip()}\n")
+    return log

@@ -41,11 +41,17 @@ def _address(info: RankInfo, env: Mapping[str, str]) -> str:
     )
 
 
+def given_port(environment: Mapping[str, str]) -> int | None:
+    """MASTER_PORT; None where it isn't set, UserError where it is no port."""
+    given = environment.get("MASTER_PORT")
+    if given and (not given.isdecimal() or not 0 < int(given) < 65_536):
+        raise UserError(f"environment: MASTER_PORT = {given!r} is no port; expected 1 to 65535, as 29500")
+    return int(given) if given else None
+
+
 def _port(info: RankInfo, env: Mapping[str, str]) -> int:
-    if given := env.get("MASTER_PORT"):
-        if not given.isdecimal() or not 0 < int(given) < 65_536:
-            raise UserError(f"environment: MASTER_PORT = {given!r} is no port; expected 1 to 65535, as 29500")
-        return int(given)
+    if (given := given_port(env)) is not None:
+        return given
     if "SLURM_JOB_ID" in env and "SLURM_STEP_ID" in env:
         name = f"{env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}"
     elif "PMIX_NAMESPACE" in env:

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-LISTENED = (signal.SIGTERM, signal.SIGINT)
+LISTENED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # Open MPI and srun pass on SIGUSR2, but not SIGTERM
 
 
 class StopRequest:
-    """Whether SIGTERM or Ctrl-C came. A second Ctrl-C interrupts at once (KeyboardInterrupt)."""
+    """Whether SIGTERM, SIGUSR2 or Ctrl-C came. A second Ctrl-C interrupts at once (KeyboardInterrupt)."""
 
     def __init__(self) -> None:
         self.received = False

@@ -21,9 +21,11 @@ from megatron_joy.platform.rank import rank_info
 from megatron_joy.platform.stop_request import StopRequest
 from megatron_joy.recipe.schema import Recipe
 from megatron_joy.recipe.timetable import Timetable
+from megatron_joy.report.notify import check as check_notify
 from megatron_joy.train.features.checkpointing import Checkpointing
 from megatron_joy.train.features.guard import Guard
 from megatron_joy.train.features.metrics import Metrics
+from megatron_joy.train.features.notify import Notify
 from megatron_joy.train.features.recheck import Recheck
 from megatron_joy.train.features.rollback import Rollback
 from megatron_joy.train.features.signals import StopOnSignal
@@ -47,6 +49,7 @@ def pretrain(recipe: Recipe, stop: StopRequest | None = None) -> bool:
     A run folder with checkpoints is gone on with. Raises UserError for what the user can mend (data, layout, a changed
     recipe) before anything is trained or written, WorkError when the work itself fails.
     """
+    check_notify(recipe.run.notify)
     torch.set_num_threads(_threads(recipe))
     process = processes.start(recipe.layout, recipe.seed)
     with RankLog() as log, ExitStack() as opened:
@@ -147,6 +150,8 @@ def _features(
     if validation_stream is not None and recipe.train.validation_interval:
         batches = _validation_batches(recipe, run.process, validation_stream)
         features.append(Validation(batches, recipe.train.validation_interval))
+    if recipe.run.notify.wanted:
+        features.append(Notify(recipe.run.notify))
     if run.process.is_first_rank:
         features += [Metrics(run, train_stream, past.name), Terminal(past.name)]
     if guards.recheck_interval:

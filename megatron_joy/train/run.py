@@ -63,7 +63,7 @@ class Run:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware, no variables of the environment: those may hold secrets."""
+    """Versions and hardware; of the environment's variables, which may hold secrets, only the number of the job."""
     packages: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -76,6 +76,7 @@ def environment() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "packages": packages,
         "host": host.node(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "system": host.platform(),
         "processor": host.machine(),
         "cpu_cores": os.cpu_count(),

@@ -15,6 +15,7 @@ OURS = {"megatron_joy", "data_pipeline", "launch"}
 # What of megatron_joy.data says nothing about tensors.
 SHARD_FORMAT = {"data.shards", "data.manifest", "data.order", "data.verify", "data.blend", "data.atomic"}
 TORCH_FREE_DATA = (*SHARD_FORMAT, "data.provenance", "data.zstd", "data.ledger", "data.caps")
+TORCH_FREE_PLATFORM = ("platform.rank", "platform.rendezvous", "platform.stop_request")
 FOUNDATION = {"errors", "recipe", "platform"}
 TRAINING = FOUNDATION | {"model", "parallel", "precision", "optim", "data", "checkpoint"}
 
@@ -36,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "infer": FOUNDATION | {"model", "parallel", "precision", "checkpoint", "convert", "data"},
     "posttrain": TRAINING | {"train"},
     "data_pipeline": {"errors", "recipe", *TORCH_FREE_DATA},
-    "launch": {"errors", "recipe", "parallel", *TORCH_FREE_DATA},
+    "launch": {"errors", "recipe", "parallel", *TORCH_FREE_DATA, *TORCH_FREE_PLATFORM},
 }
 
 
@@ -115,7 +116,7 @@ def modules_under(*packages: str) -> list[str]:
         modules_under("data_pipeline"),
         modules_under("launch"),
         modules_under("megatron_joy.recipe", "megatron_joy.errors"),
-        [f"megatron_joy.{name}" for name in TORCH_FREE_DATA],
+        [f"megatron_joy.{name}" for name in (*TORCH_FREE_DATA, *TORCH_FREE_PLATFORM)],
         ["megatron_joy", "megatron_joy.data", "megatron_joy.cli", "megatron_joy.report"],
         ["megatron_joy.cli.main", "megatron_joy.cli.recipe_command", "megatron_joy.cli.doctor_command"],
     ],

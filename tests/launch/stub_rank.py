@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.reasons import Reason, tell_launcher
+from megatron_joy.platform.rank import rank_info
 
-RANK = int(os.environ.get("RANK", "0"))
+RANK = rank_info().rank
 
 
 def note_pid(folder: str) -> None:
@@ -46,6 +47,7 @@ ACTIONS = {
     "ignores_interrupts": ignores_interrupts,
     "sleep": time.sleep,
     "print": lambda text: print(text, flush=True),
+    "complain": lambda text: print(text, flush=True, file=sys.stderr),
     "wait_for": lambda path: [time.sleep(0.02) for _ in iter(lambda: Path(path).exists(), True)],
     "kill": lambda number: os.kill(os.getpid(), number),
     "exit": lambda code: os._exit(code),
