@@ -96,6 +96,15 @@ MOOT: tuple[Moot, ...] = (
         ),
         lambda recipe: not layer_counts_fit(recipe),
     ),
+    *(
+        Moot(
+            f"run.notify.{key}",
+            ("run.notify.command", "run.notify.webhook_env"),
+            lambda recipe: not recipe.run.notify.wanted,
+            "nobody is told",
+        )
+        for key in ("on", "timeout_seconds")
+    ),
     Moot(
         "schedule.decay_shape",
         ("schedule.decay_steps",),

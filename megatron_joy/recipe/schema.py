@@ -280,6 +280,33 @@ class GuardsSection(Section):
     )
 
 
+NotifyKind = Literal["start", "stop", "error", "finish", "alarm"]
+
+
+class NotifySection(Section):
+    """Who is told what of a run, by a command or a webhook (docs/watching.md)."""
+
+    command: list[str] = Field(
+        default_factory=list, description="Program and its words, run without a shell; gets JSON on its input."
+    )
+    webhook_env: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="Name of the environment variable that holds the webhook's address, which is a secret.",
+    )
+    on: list[NotifyKind] = Field(
+        default_factory=lambda: list(get_args(NotifyKind)), min_length=1, description="What is told."
+    )
+    timeout_seconds: Annotated[float, Field(gt=0, le=60)] = Field(
+        10.0, description="A command or an answer that takes longer is given up; training never waits for either."
+    )
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody is to be told."""
+        return bool(self.command) or self.webhook_env is not None
+
+
 class RunSection(Section):
     """Where a run lives."""
 
@@ -288,6 +315,7 @@ class RunSection(Section):
         1, description="Steps between rows of metrics.jsonl that have every expert's load (90 kB a row for 39 x 256)."
     )
     tensorboard: bool = Field(True, description="Write TensorBoard events beside metrics.jsonl.")
+    notify: NotifySection = Field(default_factory=NotifySection)
 
 
 class BlendEntry(Section):

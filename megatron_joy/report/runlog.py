@@ -93,7 +93,7 @@ def read_run(folder: str | Path, *, now: float, progress: Progress | None = None
         name=name if isinstance(name, str) else path.resolve().name,
         recipe=recipe,
         recipe_text=recipe_text,
-        environment=_read_environment(path / "environment.json", notices),
+        environment=read_environment(path / "environment.json", notices),
         metrics=metrics,
         events=events,
         attempts=build_attempts(events, metrics.attempts, now),
@@ -116,7 +116,8 @@ def read_recipe(folder: Path, notices: list[str]) -> tuple[str, dict[str, Any]]:
         return text, {}
 
 
-def _read_environment(path: Path, notices: list[str]) -> dict[str, Any]:
+def read_environment(path: Path, notices: list[str]) -> dict[str, Any]:
+    """environment.json; empty, and said in `notices`, where it is missing or damaged."""
     try:
         environment = orjson.loads(path.read_bytes())
     except FileNotFoundError:

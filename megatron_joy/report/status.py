@@ -1,7 +1,8 @@
 """`joy status RUN`: where a run stands, from the ends of its files: as quick for a year as for a minute."""
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,24 @@ from rich.table import Table
 
 from megatron_joy.report import text
 from megatron_joy.report.attempts import Attempt, Event, Outcome, build_attempts
+from megatron_joy.report.errors import RankError, read_errors
+from megatron_joy.report.job import Job, job_of
 from megatron_joy.report.jsonl import tail_rows
 from megatron_joy.report.metrics import AttemptRows
-from megatron_joy.report.runlog import Checkpoint, read_checkpoints, read_events, read_recipe, require_run
+from megatron_joy.report.runlog import (
+    Checkpoint,
+    read_checkpoints,
+    read_environment,
+    read_events,
+    read_recipe,
+    require_run,
+)
 from megatron_joy.report.schedule import stage_at, timetable_of
 
 ROWS = 100
 _EVENTS = 6
 _ATTEMPTS = 5
+_OTHER_RANKS = 3
 _ATTEMPT_COLUMNS: dict[str, JustifyMethod] = {
     "attempt": "right",
     "from step": "right",
@@ -46,12 +57,16 @@ class RunStatus:
     Attributes:
         state: how the newest attempt is or ended; None before the first.
         stage, stage_last_step: the stage of the next update and its last update; None for a recipe without stages.
+        stage_seconds_left: until then, as `seconds_left`.
         seconds_left: until the planned last step, at the pace of the newest rows; None unless it is running.
         tokens_per_second, step_seconds: medians of the newest attempt's last ROWS rows.
         silent_seconds: since the run's last sign of life.
         checkpoint_step: the newest whole checkpoint on disk.
         attempts: the attempts; where one got to before a later one began is known from its events only, unless it is
             the newest.
+        slowest_rank: what the newest attempt's last event of the kind "straggler" says; None without one.
+        job: the Slurm job that the newest attempt runs in, while it is in the queue.
+        errors: why the newest attempt failed, the rank that failed first on top.
     """
 
     folder: str
@@ -61,6 +76,7 @@ class RunStatus:
     steps_planned: int | None
     stage: str | None
     stage_last_step: int | None
+    stage_seconds_left: float | None
     tokens: int | None
     loss: float | None
     mtp_loss: float | None
@@ -76,6 +92,14 @@ class RunStatus:
     attempts: list[Attempt]
     events: list[Event]
     notices: list[str]
+    slowest_rank: str | None = None
+    job: Job | None = None
+    errors: list[RankError] = field(default_factory=list)
+
+    @property
+    def restarts(self) -> int:
+        """Attempts after the first."""
+        return max(0, len(self.attempts) - 1)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -107,6 +131,8 @@ def read_status(folder: str | Path, *, now: float) -> RunStatus:
     pace = _median(rows, "step_seconds")
     whole: list[Checkpoint] = [one for one in read_checkpoints(path) if one.committed]
     name = recipe.get("name")
+    running = state == "running"
+    slow = [event for event in events if event.kind == "straggler" and event.attempt == newest]
     return RunStatus(
         folder=str(path),
         name=name if isinstance(name, str) else path.resolve().name,
@@ -115,6 +141,7 @@ def read_status(folder: str | Path, *, now: float) -> RunStatus:
         steps_planned=planned,
         stage=stage.name if stage else None,
         stage_last_step=stage.last_step if stage else None,
+        stage_seconds_left=(stage.last_step - step) * pace if stage and pace and running else None,
         tokens=_last(rows, "tokens"),
         loss=_last(rows, "loss"),
         mtp_loss=_last(rows, "mtp_loss"),
@@ -123,13 +150,16 @@ def read_status(folder: str | Path, *, now: float) -> RunStatus:
         lr=_last(rows, "lr"),
         tokens_per_second=_median(rows, "tokens_per_second"),
         step_seconds=pace,
-        seconds_left=(planned - step) * pace if planned and pace and state == "running" else None,
+        seconds_left=(planned - step) * pace if planned and pace and running else None,
         silent_seconds=max(0.0, now - attempts[-1].end_time) if attempts else None,
         checkpoint_step=whole[-1].step if whole else None,
         checkpoint_bytes=whole[-1].size_bytes if whole else None,
         attempts=attempts,
         events=[event for event in events if event.kind != "validation"][-_EVENTS:],
         notices=notices,
+        slowest_rank=slow[-1].message if slow else None,
+        job=job_of(read_environment(path / "environment.json", []), now),
+        errors=read_errors(path, events, attempts),
     )
 
 
@@ -161,7 +191,10 @@ def render_status(status: RunStatus) -> RenderableType:
         share = f"{status.step / status.steps_planned:.0%}"
         bar.add_row(ProgressBar(total=status.steps_planned, completed=status.step, width=60), share)
         parts.append(bar)
-    parts += ["", _numbers(status), "", _attempts(status.attempts), "", _events(status.events)]
+    parts += ["", _numbers(status)]
+    if status.errors:
+        parts += ["", render_errors(status.errors)]
+    parts += ["", _attempts(status.attempts), "", _events(status.events)]
     parts += [f"[yellow]note:[/] {escape(notice)}" for notice in status.notices]
     return Group(*parts)
 
@@ -178,12 +211,34 @@ def _numbers(s: RunStatus) -> Table:
         ("learning rate", text.general(s.lr), "throughput", pace),
         ("time left", text.duration(s.seconds_left), "last sign of life", f"{text.duration(s.silent_seconds)} ago"),
         ("checkpoint", saved, "a step takes", text.duration(s.step_seconds)),
+        ("restarts", f"{s.restarts}", "slowest rank", escape(s.slowest_rank or "not known")),
     )
     if s.stage is not None and s.stage_last_step is not None:
-        table.add_row("[dim]stage[/]", escape(s.stage), "[dim]its last step[/]", f"{s.stage_last_step:,}")
+        left = f", in {text.duration(s.stage_seconds_left)}" if s.stage_seconds_left is not None else ""
+        table.add_row("[dim]stage[/]", escape(s.stage), "[dim]its last step[/]", f"{s.stage_last_step:,}{left}")
+    if s.job is not None:
+        waits = f" ({escape(s.job.reason)})" if s.job.state == "PENDING" else ""
+        table.add_row("[dim]job[/]", f"{s.job.number} {s.job.state}{waits}", "[dim]its time left[/]", s.job.left)
     for left, a, right, b in rows:
         table.add_row(f"[dim]{left}[/]", a, f"[dim]{right}[/]", b)
     return table
+
+
+def render_errors(errors: Sequence[RankError], details: bool = False) -> RenderableType:
+    """Why the run failed: the first failing rank, with `details` its traceback, then the others in a line each."""
+    first, *others = errors
+    parts: list[RenderableType] = [
+        f"[red]failed first:[/] rank {first.rank}: {escape(first.reason)}  [dim]{escape(first.log)}[/]"
+    ]
+    if details and first.details:
+        parts.append(escape(first.details))
+    shown = others if details else others[:_OTHER_RANKS]
+    for error in shown:
+        then = "because of it" if error.consequence else "then"
+        parts.append(f"[dim]{then}:[/] rank {error.rank}: {escape(error.reason)}")
+    if len(shown) < len(others):
+        parts.append(f"[dim]and {len(others) - len(shown)} ranks more; `joy status RUN --errors` shows all[/]")
+    return Group(*parts)
 
 
 def _attempts(attempts: list[Attempt]) -> Table:

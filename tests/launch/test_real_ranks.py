@@ -1,5 +1,6 @@
 """`joy launch local` with processes that really train: as a user sees it, on a terminal and on a pipe."""
 
+import json
 import os
 import pty
 import re
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from launch import local
+from megatron_joy.cli.main import main
 from megatron_joy.errors import WorkError
 from megatron_joy.recipe import load_recipe
+from megatron_joy.report.status import read_status
 from tests.train.minuscule import EP2, make_home, numbers, read_lines, train
 
 ROOT = Path(__file__).parents[2]
@@ -114,8 +117,9 @@ def test_ctrl_c_checkpoints_and_the_same_command_finishes(
 def test_a_bug_on_one_rank_ends_all_within_the_grace_and_is_named(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    ours = arguments(home, run)
+    run, told = tmp_path / "run", tmp_path / "told"
+    keep = [sys.executable, "-c", "import sys; open(sys.argv[1], 'ab').write(sys.stdin.buffer.read())", str(told)]
+    ours = [*arguments(home, run), f"run.notify.command={json.dumps(keep)}", 'run.notify.on=["error"]']
     monkeypatch.setattr(
         local, "rank_command", lambda *_: [sys.executable, "-m", "tests.launch.failing_rank", *pretrain]
     )
@@ -129,6 +133,14 @@ def test_a_bug_on_one_rank_ends_all_within_the_grace_and_is_named(
     assert "Traceback" not in capfd.readouterr().err
     failed_at = log.stat().st_mtime
     assert time.time() - failed_at < local.GRACE_SECONDS + 10
+    status = read_status(run, now=time.time())
+    assert [(error.rank, error.consequence) for error in status.errors] == [(1, False), (0, True)]
+    assert status.errors[0].reason == "LookupError: a bug that only rank 1 has"
+    assert main(["status", str(run), "--errors"]) == 0
+    printed = capfd.readouterr().out
+    assert printed.startswith("failed first: rank 1: LookupError: a bug that only rank 1 has")
+    assert "because of it: rank 0: " in printed
+    assert json.loads(told.read_text())["message"] == "rank 1: LookupError: a bug that only rank 1 has"  # told once
 
 
 def test_a_killed_rank_is_one_line_and_the_same_command_goes_on(home: Path, tmp_path: Path) -> None:
