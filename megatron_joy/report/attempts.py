@@ -49,7 +49,7 @@ class Attempt:
     Attributes:
         number: 0 for the first.
         start_step: completed steps it began from.
-        end_step: completed steps when it ended.
+        end_step: completed steps when it ended; where a guard went back, less than it had at some time.
         kept_step: up to where its steps count; less than `end_step` when the next attempt resumed from before it.
         start_time, end_time: unix seconds.
         outcome: how it ended; "killed" means without a word.
@@ -90,15 +90,14 @@ def build_attempts(events: list[Event], rows: Mapping[int, AttemptRows], now: fl
 
 
 def _attempt(number: int, events: list[Event], rows: AttemptRows | None, ceiling: int | None, now: float) -> Attempt:
-    steps = [event.step for event in events]
+    steps = [event.step for event in events] + ([] if rows is None else [rows.first_step - 1])
     times = [event.time for event in events]
     if rows is not None:
-        steps += [rows.first_step - 1, rows.last_step]
         times += [time for time in (rows.first_time, rows.last_time) if math.isfinite(time)]
     first = next((event for event in events if event.kind in ("start", "resume")), None)
     last_word = next((event for event in reversed(events) if event.kind in _ENDS), None)
     start_step = first.step if first else min(steps)
-    end_step = max(steps)
+    end_step = _stands_at(events, rows)
     start_time, end_time = (min(times), max(times)) if times else (math.nan, math.nan)
     extra = first.extra if first else {}
     world_size = extra.get("world_size")
@@ -114,6 +113,16 @@ def _attempt(number: int, events: list[Event], rows: AttemptRows | None, ceiling
         world_size=world_size if isinstance(world_size, int) else None,
         layout=layout_text(extra.get("layout")),
     )
+
+
+def _stands_at(events: list[Event], rows: AttemptRows | None) -> int:
+    """Completed steps at an attempt's end. Where a guard went back, what was done before that doesn't count."""
+    last = max((i for i, event in enumerate(events) if event.kind == "rollback"), default=None)
+    if last is None:
+        return max([event.step for event in events] + ([] if rows is None else [rows.first_step - 1, rows.last_step]))
+    went = events[last]
+    steps = [int(went.extra.get("back_to", went.step)), *(event.step for event in events[last + 1 :])]
+    return max([*steps, rows.last_step] if rows is not None and rows.last_time > went.time else steps)
 
 
 def _silent_outcome(latest: bool, end_time: float, rows: AttemptRows | None, now: float) -> Outcome:

@@ -18,6 +18,7 @@ from megatron_joy.data.atomic import write_atomically
 from megatron_joy.errors import WorkError
 from megatron_joy.report import headline, panels, tables, text
 from megatron_joy.report.charts import ChartSpec
+from megatron_joy.report.layers import layers
 from megatron_joy.report.metrics import Progress
 from megatron_joy.report.payload import build_payload, safe_json
 from megatron_joy.report.runlog import RunLog, read_run
@@ -116,6 +117,7 @@ def _tables(run: RunLog, summary: RunSummary, payload: dict[str, Any]) -> str:
             tables.events(run, payload["events"], origin),
             tables.checkpoints(run, payload["checkpoints"], origin),
             tables.numbers(run),
+            layers(run.folder),
             tables.reproduce(run, summary),
             tables.recipe(run),
             tables.environment(run),

@@ -175,7 +175,8 @@ def _key(line: bytes) -> tuple[int, int]:
 
 def _attempt_rows(steps: NDArray[np.int64], ends: list[bytes]) -> AttemptRows:
     times = [float((parse_line(line) or {}).get("time") or _NAN) for line in ends]
-    return AttemptRows(int(steps.min()), int(steps.max()), times[0], times[1], len(steps))
+    # The last row and not the largest step: a guard may have gone back.
+    return AttemptRows(int(steps.min()), int(steps[-1]), times[0], times[1], len(steps))
 
 
 def _parse(path: Path, size: int, counts: NDArray[np.bool_], reader: "_Reader", progress: Progress | None) -> None:

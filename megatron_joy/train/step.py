@@ -204,7 +204,7 @@ class Trainer:
             main=main / max(main_tokens, 1),
             mtp=mtp / max(mtp_tokens, 1) if self._with_mtp else None,
             tokens=main_tokens,
-            sums=tuple(float(report["main"]) for report in reports),
+            sums=tuple(torch.stack([report["main"] for report in reports]).tolist()) if reports else (),
         )
 
     def _global_counts(self, batches: Sequence[Batch]) -> tuple[int, int]:

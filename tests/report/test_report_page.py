@@ -242,3 +242,21 @@ def test_a_million_steps_make_a_page_under_five_megabytes(tmp_path: Path) -> Non
     assert len(page.source.encode()) < 5_000_000
     assert page.data["rows"] == 1_000_000
     assert max(page.data["series"]["loss"]["high"]) == 6.25
+
+
+def test_a_guard_s_decisions_and_each_layer_s_statistics_are_on_the_page(tmp_path: Path) -> None:
+    write_run(tmp_path, Plan(steps=60, last_word="none"))
+    event = {"time": START_TIME + 90, "step": 60, "attempt": 0, "kind": "rollback", "message": "back", "back_to": 40}
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write(json.dumps(event) + "\n")
+    with (tmp_path / "statistics.jsonl").open("w") as file:
+        for step, norm in ((20, 1.0), (30, 3.0), (40, 2.0), (50, 8.0)):
+            values = {"gradient_norm": norm, "rms": 0.75, "largest": 4.5}
+            row = {"step": step, "attempt": 0, "layers": {"decoder.layers.0": values, "<b>": {"gradient_norm": 1.25}}}
+            file.write(json.dumps(row) + "\n")
+    page = write_report(tmp_path, now=LATER).read_text()
+    data = json.loads(re.search(r"<script[^>]*application/json[^>]*>(.*?)</script>", page, re.DOTALL)[1])  # type: ignore[index]
+    assert [(one["kind"], one["step"]) for one in data["events"] if one["kind"] == "rollback"] == [("rollback", 60)]
+    table = page[page.index('id="layers"') :]
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", table[: table.index("</section>")])
+    assert cells == ["decoder.layers.0", "8", "4.00×", "0.75", "4.5", "&lt;b&gt;", "1.25", "1.00×", "–", "–"]

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_joy.cli.main import main
 from megatron_joy.report.parameters import count_parameters
+from megatron_joy.report.runlog import read_run
 from megatron_joy.report.status import read_status
 from tests.report.synthetic import START_TIME, Plan, write_run
 
@@ -38,6 +39,25 @@ def test_a_resumed_run_stands_where_it_resumed(tmp_path: Path) -> None:
         file.write(json.dumps(event) + "\n")
     status = read_status(tmp_path, now=START_TIME + 510)
     assert (status.state, status.step, status.loss) == ("running", 50, None)
+
+
+@pytest.mark.parametrize(("again", "stands_at"), [(0, 40), (7, 47), (30, 70)])
+def test_a_run_that_went_back_stands_where_it_is_now(tmp_path: Path, again: int, stands_at: int) -> None:
+    """Steps 1 to 60, back to 40, and so many of them again; the report's rows are those of the second time."""
+    write_run(tmp_path, Plan(steps=60, last_word="none"))
+    seconds = START_TIME + 500
+    event = {"time": seconds, "step": 60, "attempt": 0, "kind": "rollback", "message": "back", "back_to": 40}
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write(json.dumps(event) + "\n")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        for step in range(41, 41 + again):
+            file.write(json.dumps({"step": step, "attempt": 0, "time": seconds + step, "loss": 9.0}) + "\n")
+    assert read_status(tmp_path, now=seconds + 60).step == stands_at
+    run = read_run(tmp_path, now=seconds + 60)
+    assert run.attempts[-1].end_step == stands_at
+    if again:
+        assert run.metrics.step.tolist() == list(range(1, stands_at + 1))
+        assert run.metrics["loss"][40:].tolist() == [9.0] * again
 
 
 def test_status_is_printed_for_people_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,11 +9,27 @@ import numpy as np
 import pytest
 
 from megatron_joy.data.trace import trace
+from megatron_joy.recipe import load_recipe
+from megatron_joy.recipe.ledger import as_json, begin, follows, with_rollback
 from megatron_joy.train.spikes import deviations
 from tests.train.conftest import Unbroken
-from tests.train.minuscule import EP2, EP2_MUON, Outcome, Row, die, last_rows, numbers, train
+from tests.train.minuscule import (
+    EP2,
+    EP2_MUON,
+    ONE,
+    PP2,
+    Outcome,
+    Row,
+    die,
+    last_rows,
+    make_staged_home,
+    numbers,
+    train,
+)
+from tests.train.test_bad_input import the_one_line
 from tests.train.test_numbers import _spoil_before_step
 
+MUON = ("optimizer.name=muon", "precision.params_dtype=bf16")
 MARK = 263  # a token that no text of the tests has
 MODULE = 3  # of the model, from 0: the experts of its second layer
 SKIP = ("guards.nonfinite=skip", "train.micro_batch_size=2")
@@ -26,7 +42,9 @@ ROLLBACK = (
 )
 
 
-def poison(sample: int, factor: float | None, die_at: tuple[int, int] | None = None) -> None:
+def poison(
+    sample: int, factor: float | None, die_at: tuple[int, int] | None = None, module_number: int = MODULE
+) -> None:
     """Sample `sample` of the run, wherever it is read, spoils its micro-batch: a layer's output becomes NaN, or where a
     factor is given the loss so many times larger. die_at: (update, SIGKILL when it begins for the so many-th time).
     """
@@ -55,7 +73,9 @@ def poison(sample: int, factor: float | None, die_at: tuple[int, int] | None = N
     def making(trainer: Any, recipe: Any, process: Any, chunks: Any) -> None:
         make(trainer, recipe, process, chunks)
         chunks[0].register_forward_pre_hook(note)
-        chunks[0].decoder.layers[MODULE].register_forward_hook(spoil)
+        for layer in chunks[0].decoder.layers:
+            if layer.layer_number == module_number + 1:
+                layer.register_forward_hook(spoil)
 
     def larger(*arguments: Any) -> Any:
         main, count, report = sums(*arguments)
@@ -143,6 +163,18 @@ def test_an_update_that_is_left_out_changes_nothing_and_names_rank_layer_and_doc
     assert "the ledger says so" in again["message"]
 
 
+def test_a_layer_on_another_pipeline_stage_has_its_number_in_the_whole_model(home: Path, tmp_path: Path) -> None:
+    failed = train(home, tmp_path / "run", PP2, before=poison, inputs=(20, None, None, 5))
+    assert failed.codes == [1, 1]
+    (event,) = events_of(failed, "nonfinite")
+    # Update 3 begins at sample 16, and its second micro-batch at sample 20.
+    assert (event["step"], event["rank"], event["micro_batches"]) == (3, 1, [1])
+    assert event["where"] == "the output of decoder.layers.5"
+    (line,) = [line for line in failed.printed[0].splitlines() if line.startswith("error: ")]
+    assert "step 3: the loss is nan; nothing of this step is saved" in line
+    assert "first in the output of decoder.layers.5 on rank 1, micro-batch 1, with" in line
+
+
 def test_a_rollback_leaves_the_spike_s_samples_out_and_is_reproducible(home: Path, tmp_path: Path) -> None:
     # Update 9 begins at sample 64 and rank 1 has 68 to 71. The span is updates 8 and 9, so step 6 is gone back to.
     run = tmp_path / "run"
@@ -177,6 +209,83 @@ def test_too_many_updates_in_a_row_stop_the_run(home: Path, tmp_path: Path) -> N
     assert "on rank 1" in line
     assert "2 updates are left out now (guards.max_skipped_in_a_row)" in line
     assert failed.checkpoints == ["step_00000003"]
+
+
+def gradient_faults() -> None:
+    """On rank 1: in update 3 one gradient is infinite whenever it is computed, in update 5 the loss is NaN once."""
+    import os
+
+    from megatron_joy.train import forward
+    from megatron_joy.train.step import Trainer
+
+    make, compute, sums, state = Trainer.__init__, Trainer.step, forward.loss_sums, {"update": 0, "faults": 1}
+
+    def making(trainer: Any, recipe: Any, process: Any, chunks: Any) -> None:
+        make(trainer, recipe, process, chunks)
+        weight = dict(chunks[0].named_parameters())[PARAMETER]
+        weight.register_hook(lambda grad: grad * math.inf if state["update"] == 3 else grad)
+
+    def numbered(trainer: Any, number: int, batches: Any) -> Any:
+        state["update"] = number
+        return compute(trainer, number, batches)
+
+    def once(*arguments: Any) -> Any:
+        main, count, report = sums(*arguments)
+        if state["update"] == 5 and state["faults"]:
+            state["faults"] -= 1
+            return main * math.nan, count, report | {"main": report["main"] * math.nan}
+        return main, count, report
+
+    if os.environ["RANK"] == "1":
+        Trainer.__init__, Trainer.step = making, numbered  # type: ignore[method-assign]
+        forward.loss_sums = once
+
+
+PARAMETER = "decoder.layers.2.self_attention.linear_proj.weight"
+
+
+def test_a_gradient_is_named_by_its_parameter_and_a_fault_that_does_not_come_again_as_a_machine_s(
+    home: Path, tmp_path: Path
+) -> None:
+    ended = train(home, tmp_path / "run", EP2, "guards.nonfinite=skip", before=gradient_faults)
+    assert ended.codes == [0, 0]
+    gradient, machine = events_of(ended, "skip")
+    assert (gradient["step"], gradient["rank"], gradient["where"]) == (3, 1, f"the gradient of {PARAMETER}")
+    assert machine["step"] == 5
+    assert "suspect a machine" in machine["message"]
+    assert "rank" not in machine
+    assert [row["loss"] is None for row in ended.rows] == [row["step"] == 5 for row in ended.rows]
+
+
+def test_a_rollback_over_a_ramp_and_a_stage_s_border_follows_the_timetable(tmp_path: Path) -> None:
+    """Updates 3 to 10 are left out: of a ramp without MTP, and of the stage after it with another blend."""
+    home = make_staged_home(tmp_path)
+    stages = ("stages.1.steps=8", "train.steps=15", *ROLLBACK[:2], "guards.spike_span=8", *MUON)
+    # Batches of 4, 4, 8, 8 and from then on 8: update 10 begins at sample 64.
+    ended = train(home, tmp_path / "run", ONE, *stages, before=poison, inputs=(66, 50.0))
+    assert ended.codes == [0]
+    (event,) = events_of(ended, "rollback")
+    assert (event["step"], event["back_to"], event["left_out"]) == (10, 2, [3, 10])
+    assert [(entry["from_step"], entry["from_sample"]) for entry in ledger_of(tmp_path / "run")] == [(0, 0), (2, 72)]
+    fresh = train(home, tmp_path / "fresh", ONE, *stages, f"guards.ledger={tmp_path / 'run' / 'ledger.json'}")
+    assert fresh.codes == [0]
+    mine = last_rows(ended.rows)
+    assert numbers(fresh.rows) == numbers(mine)
+    for key in ("stage", "global_batch_size", "lr", "samples", "tokens", "sources"):
+        assert [row[key] for row in fresh.rows] == [row[key] for row in mine]
+    assert [row["stage"] for row in mine] == ["warmup"] * 4 + ["decay"] * 8 + ["long"] * 3
+    assert [row["mtp_loss"] is None for row in mine] == [True] * 4 + [False] * 11
+
+
+def test_a_ledger_of_another_recipe_is_refused_and_nothing_is_written(home: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(str(home / "minuscule.toml"))
+    other = load_recipe(str(home / "minuscule.toml"), ["data.sequence_length=16"])
+    path = tmp_path / "ledger.json"
+    path.write_text(json.dumps(as_json(with_rollback(begin(other), other, 2, 3, "a spike"))))
+    assert not follows(with_rollback(begin(other), other, 2, 3, "a spike"), recipe)
+    refused = train(home, tmp_path / "run", ONE, f"guards.ledger={path}")
+    assert "its samples from update 2 on are of other stages, lengths or blends" in the_one_line(refused)
+    assert not (tmp_path / "run").exists()
 
 
 def _in_one_go() -> None:

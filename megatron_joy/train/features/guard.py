@@ -44,6 +44,7 @@ class Guard(Feature):
         self.rollback = rollback
         self.finding: Finding | None = None
         self.numbers = (0.0, 0.0)  # loss and gradient norm
+        self.spiked = -1  # the newest update with a spike
         self.known = False  # the ledger says already that this update is left out
 
     def on_start(self, loop: Loop) -> None:
@@ -67,7 +68,10 @@ class Guard(Feature):
             self.finding = Finding("nonfinite", what, culprit)
             loop.trainer.refused = what
         elif what := self._spike(loop, loss, norm):
-            self.finding = Finding("spike", what, worst_micro_batch(run, computed))
+            warned_before = run.recipe.guards.spike == "warn" and self.spiked == computed.number - 1
+            # Looking documents up opens shards: once is enough where a run only says that its loss stays high.
+            self.finding = Finding("spike", what, None if warned_before else worst_micro_batch(run, computed))
+            self.spiked = computed.number
             loop.trainer.refused = what if run.recipe.guards.spike != "warn" else None
 
     def _spike(self, loop: Loop, loss: float, norm: float) -> str:

@@ -15,13 +15,13 @@ from torch import Tensor
 from megatron_joy.checkpoint.contents import active_parts, unwrapped
 from megatron_joy.data.batch import Batch
 from megatron_joy.report.jsonl import JsonLines
+from megatron_joy.report.layers import STATISTICS_FILE
 from megatron_joy.train.blame import global_name, layer_names
 from megatron_joy.train.loop import Loop
 from megatron_joy.train.moments import Feature
 from megatron_joy.train.run import Run
 from megatron_joy.train.step import Computed, StepResult, Trainer
 
-STATISTICS_FILE = "statistics.jsonl"  # in a run's folder
 Sums = dict[str, list[float]]  # layer -> [sum of squares, largest size, values]
 
 
