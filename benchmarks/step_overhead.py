@@ -29,8 +29,10 @@ from megatron_joy.platform import process as processes
 from megatron_joy.platform.process import Process
 from megatron_joy.platform.stop_request import StopRequest
 from megatron_joy.recipe import Recipe, load_recipe
+from megatron_joy.recipe.ledger import begin
 from megatron_joy.train.features.guard import Guard
 from megatron_joy.train.features.metrics import Metrics
+from megatron_joy.train.features.rollback import Rollback
 from megatron_joy.train.features.signals import StopOnSignal
 from megatron_joy.train.features.stopwatch import Stopwatch
 from megatron_joy.train.features.terminal import Terminal
@@ -98,9 +100,10 @@ def in_turns(
     batches = batches_in_memory(recipe)
     ours: list[float] = []
     bare: list[float] = []
-    run = Run(recipe, process, folder, 0, Progress())
+    run = Run(recipe, process, folder, 0, Progress(), begin(recipe))
     metrics = Metrics(run, OneSource(), None)  # type: ignore[arg-type]
-    features = [Stopwatch(), StopOnSignal(StopRequest()), metrics, Terminal(None), Guard()]
+    guard = Guard(Rollback(OneSource(), None))  # type: ignore[arg-type]
+    features = [Stopwatch(), StopOnSignal(StopRequest()), metrics, Terminal(None), guard]
     marks: list[float] = []
 
     def turns() -> Iterator[list[Batch]]:

@@ -17,6 +17,7 @@ from megatron_joy.recipe.ledger import (
     go_on,
     in_force,
     is_skipped,
+    outdated,
     planned_tokens,
     rollbacks,
     skipped_updates,
@@ -177,6 +178,18 @@ def test_decisions_hold_after_any_checkpoint(done: int) -> None:
     recipe = load_recipe(BASE)
     ledger = with_skipped(with_rollback(begin(recipe), recipe, 13, 14, "a spike"), 20)
     assert go_on(ledger, recipe, done) == ledger
+
+
+def test_a_checkpoint_with_updates_that_were_gone_back_on_is_outdated_and_no_other_is() -> None:
+    recipe = load_recipe(BASE)
+    before = begin(recipe)
+    once = with_rollback(before, recipe, 13, 14, "a spike")
+    twice = with_rollback(once, recipe, 20, 22, "a spike")
+    assert [step for step in range(49) if outdated(before, step, once)] == list(range(13, 49))
+    assert [step for step in range(49) if outdated(once, step, twice)] == list(range(20, 49))
+    assert not any(outdated(ledger, step, ledger) for ledger in (before, once, twice) for step in range(49))
+    # An edit on resume is no reason to forget a checkpoint.
+    assert not any(outdated(before, step, go_on(before, load_recipe(BASE, [EDIT]), 15)) for step in range(49))
 
 
 def test_an_edit_forgets_decisions_about_updates_that_it_changes_and_keeps_earlier_ones() -> None:

@@ -152,6 +152,14 @@ def test_tensorboard_shows_each_step_once_after_a_kill_and_a_resume(tmp_path: Pa
     np.testing.assert_allclose([value for _, value in losses[:6]], [2 + 1 / s for s in range(1, 7)], rtol=1e-6)
 
 
+def test_tensorboard_shows_each_step_once_where_a_guard_goes_back(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, 0) as log:
+        for step, loss in [(1, 1.0), (2, 1.0), (3, 1.0), (4, 50.0), (3, 2.0), (4, 2.0), (5, 2.0)]:
+            log.metrics(row(step, loss=loss))
+    expected = [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+    assert tensorboard_scalars(tmp_path / "events")["loss/train"] == expected
+
+
 def test_what_a_checkpoint_holds_is_in_tensorboard_although_the_writer_is_killed(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys; from megatron_joy.report.writer import MetricsWriter\n"
