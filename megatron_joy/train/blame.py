@@ -36,7 +36,7 @@ class Culprit:
     micro_batches: tuple[int, ...]
     what: str
     documents: tuple[dict[str, Any], ...]
-    others: int = 0  # further ranks on which a number was none
+    others: int = 0  # further ranks that saw it in the same layer
 
     def __str__(self) -> str:
         also = f" and {self.others} more" if self.others else ""
@@ -110,7 +110,9 @@ def find_culprit(run: Run, trainer: Trainer, update: int, batches: Sequence[Any]
             if run.process.info.rank == rank:
                 holder[0] = documents_of(run, update, mine)
             dist.broadcast_object_list(holder, src=rank)
-            return Culprit(rank, mine, guilty[rank][1], holder[0], len(guilty) - 1)
+            layer = guilty[rank][0][0]  # elsewhere in the model it is what follows from this
+            others = sum(answer[0][0] == layer for answer in guilty.values()) - 1
+            return Culprit(rank, mine, guilty[rank][1], holder[0], others)
     return None
 
 
