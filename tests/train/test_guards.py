@@ -29,6 +29,7 @@ from tests.train.minuscule import (
 from tests.train.test_bad_input import the_one_line
 from tests.train.test_numbers import _spoil_before_step
 
+ASYNCHRONOUS = "checkpoint.asynchronous=true"
 MUON = ("optimizer.name=muon", "precision.params_dtype=bf16")
 MARK = 263  # a token that no text of the tests has
 MODULE = 3  # of the model, from 0: the experts of its second layer
@@ -260,7 +261,7 @@ def test_a_gradient_is_named_by_its_parameter_and_a_fault_that_does_not_come_aga
 def test_a_rollback_over_a_ramp_and_a_stage_s_border_follows_the_timetable(tmp_path: Path) -> None:
     """Updates 3 to 10 are left out: of a ramp without MTP, and of the stage after it with another blend."""
     home = make_staged_home(tmp_path)
-    stages = ("stages.1.steps=8", "train.steps=15", *ROLLBACK[:2], "guards.spike_span=8", *MUON)
+    stages = ("stages.1.steps=8", "train.steps=15", *ROLLBACK[:2], "guards.spike_span=8", *MUON, ASYNCHRONOUS)
     # Batches of 4, 4, 8, 8 and from then on 8: update 10 begins at sample 64.
     ended = train(home, tmp_path / "run", ONE, *stages, before=poison, inputs=(66, 50.0))
     assert ended.codes == [0]
