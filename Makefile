@@ -14,11 +14,11 @@ EXTRAS ?= dev
 # A part of the tests: make test T=tests/data
 T ?= tests
 
-.PHONY: help setup demo test lint bench data-demo clean
+.PHONY: help setup demo test lint bench data-demo data-verify data-report data-plan data-mixed clean
 
 help: ## Show this list
 	@echo "Megatron-Joy. Start with \`make demo\`; targets:"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv with everything that the package and its tests need
 	@echo "$(VENV) is ready; try $(BIN)/joy"
@@ -39,6 +39,18 @@ bench: data-demo ## Run every benchmark in benchmarks/ (hours; each runs by itse
 
 data-demo: $(STAMP) ## Run only the demo's data pipeline: text to tokens in data/demo
 	@$(BIN)/joy data run data_pipeline/pipelines/demo.toml
+
+data-verify: data-demo ## Check every count, checksum and token of the demo's shards
+	@$(BIN)/joy data verify data/demo
+
+data-report: data-demo ## Draw what became of every document of the demo's data
+	@$(BIN)/joy data stats data/demo --html data/demo/report.html
+
+data-plan: data-demo ## Extrapolate the demo's data run to 20 trillion tokens
+	@$(BIN)/joy plan --data data_pipeline/pipelines/demo.toml
+
+data-mixed: $(STAMP) ## From WARC, JSONL, parquet and sources to a trained model, killed twice on the way
+	@$(BIN)/python benchmarks/data/mixed.py
 
 clean: ## Remove .venv and what tools cached (not runs/, not data/)
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info data_pipeline/native/*.so

@@ -10,7 +10,7 @@ from megatron_joy.report import text
 from megatron_joy.report.charts import linear_ticks
 
 _ROW, _NAME, _FIGURES = 30, 170, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 14, 30
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 24, 14, 30
 
 
 def funnel(rows: Sequence[tuple[str, int, int, str]], width: int = 1120) -> str:
