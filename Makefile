@@ -13,8 +13,10 @@ STAMP := $(VENV)/.installed
 EXTRAS ?= dev
 # A part of the tests: make test T=tests/data
 T ?= tests
+# More options of `joy convert to-hf`, as ARGS='--precision fp8'
+ARGS ?=
 
-.PHONY: help setup demo test lint bench data-demo data-verify data-report data-plan data-mixed clean
+.PHONY: help setup demo test lint bench data-demo data-verify data-report data-plan data-mixed convert-hf clean
 
 help: ## Show this list
 	@echo "Megatron-Joy. Start with \`make demo\`; targets:"
@@ -36,6 +38,10 @@ lint: $(STAMP) ## Check style and types
 
 bench: data-demo ## Run every benchmark in benchmarks/ (hours; each runs by itself as well)
 	@for file in benchmarks/*.py benchmarks/data/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+convert-hf: $(STAMP) ## Export a checkpoint or run to Hugging Face's format: make convert-hf CKPT=runs/NAME OUT=hf/NAME
+	@[ -n "$(CKPT)" ] && [ -n "$(OUT)" ] || { echo "convert-hf: name both, as make convert-hf CKPT=runs/NAME OUT=hf/NAME" >&2; exit 2; }
+	@$(BIN)/joy convert to-hf "$(CKPT)" --out "$(OUT)" $(ARGS)
 
 data-demo: $(STAMP) ## Run only the demo's data pipeline: text to tokens in data/demo
 	@$(BIN)/joy data run data_pipeline/pipelines/demo.toml

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 app = typer.Typer(help="To and from Hugging Face's format. Example: joy convert to-hf runs/joyai_tiny --out hf/tiny")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", help="Processes; without it by the model's size and this machine's CPUs.")
+]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Prove what was written.")]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -52,6 +55,7 @@ def to_hf_command(
     vocab_size: Annotated[
         int | None, typer.Option(help="Rows of embedding and head to write; without it all, or what was imported.")
     ] = None,
+    workers: WorkersOption = None,
     verify: Verify = True,
     as_json: Json = False,
 ) -> None:
@@ -60,10 +64,11 @@ def to_hf_command(
     Proved unless --no-verify: every tensor is read back bit for bit and, for a model that fits into memory twice, the
     training model's logits on real text are compared with transformers'.
     """
+    from megatron_joy.convert.export_job import ExportOptions
     from megatron_joy.convert.progress import shown_phases
-    from megatron_joy.convert.to_hf import ExportOptions, to_hf
+    from megatron_joy.convert.to_hf import to_hf
 
-    options = ExportOptions(precision, family, size_in_bytes(max_shard_size), vocab_size, tokenizer, verify)
+    options = ExportOptions(precision, family, size_in_bytes(max_shard_size), vocab_size, tokenizer, verify, workers)
     with shown_phases() as phases:
         export = to_hf(checkpoint, out, options, phases)
     _notes(export.notes)
@@ -103,6 +108,32 @@ def _print_export(export: "Export") -> None:
     )
 
 
+@app.command("to-gguf", epilog="Example: joy convert to-gguf hf/joyai_tiny --out joyai_tiny.gguf --type q8_0")
+def to_gguf_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face folder, as to-hf writes it.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The new file.")],
+    kind: Annotated[str, typer.Option("--type", help="Format of the matrices: bf16, f16 or q8_0.")] = "bf16",
+    verify: Verify = True,
+    as_json: Json = False,
+) -> None:
+    """Write a folder as one GGUF file of llama.cpp's architecture deepseek2, without its MTP layer.
+
+    Proved unless --no-verify: every tensor is read back and dequantised by the gguf package.
+    """
+    from megatron_joy.convert.gguf_file import to_gguf
+    from megatron_joy.convert.progress import shown_phases
+
+    with shown_phases() as phases:
+        done = to_gguf(folder, out, kind, verify, phases)
+    _notes(done.notes)
+    if as_json:
+        print(json.dumps(done.as_json(), indent=2))
+        return
+    print(f"{done.file}: {done.tensors} tensors, {done.bytes:,} bytes, {done.type}")
+    if done.largest_error is not None:
+        print(f"verified: read back, each number within {done.largest_error:.2%} of its row's largest magnitude")
+
+
 @app.command("from-hf", epilog="Example: joy convert from-hf hf/joyai_tiny --out imported --recipe joyai_tiny")
 def from_hf_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face folder with safetensors.")],
@@ -110,6 +141,7 @@ def from_hf_command(
     recipe: Annotated[
         str | None, typer.Option(metavar="NAME|FILE", help="What it is to be trained with; its model must be the same.")
     ] = None,
+    workers: WorkersOption = None,
     verify: Verify = True,
     as_json: Json = False,
 ) -> None:
@@ -123,7 +155,8 @@ def from_hf_command(
 
     loaded = load_recipe(recipe) if recipe is not None else None
     with shown_phases() as phases:
-        done = from_hf(folder, out, loaded, verify, phases)
+        done = from_hf(folder, out, loaded, verify, phases, workers)
+    _notes(done.notes)
     if as_json:
         print(json.dumps(done.as_json(), indent=2))
         return

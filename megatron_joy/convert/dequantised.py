@@ -80,5 +80,9 @@ class DequantisedFolder(HFFolder):
         """A tensor: bf16 where it was quantised, else as it is stored."""
         if name not in self.stored:
             return super().read(name)
-        stored = {suffix: super(DequantisedFolder, self).read(key) for suffix, key in self.stored[name].items()}
+        stored = {suffix: self._read_rows(key, 0, None) for suffix, key in self.stored[name].items()}
         return self.scheme.dequantise(stored).bfloat16()
+
+    def rows(self, name: str, first: int, count: int) -> Tensor:
+        """Rows of what `read` gives."""
+        return self.read(name)[first : first + count] if name in self.stored else super().rows(name, first, count)

@@ -1,17 +1,19 @@
 """The tensors of a Hugging Face folder: what is there according to the files themselves, checked against the index."""
 
 import json
+import math
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_joy.errors import UserError
+from megatron_joy.convert.safetensors_file import read_header
+from megatron_joy.errors import UserError, WorkError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -36,7 +38,8 @@ class HFFolder:
         self.file_of: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._stored: dict[str, tuple[tuple[int, ...], torch.dtype, int]] = {}  # shape, dtype, first byte
+        self._open: OrderedDict[str, int] = OrderedDict()
         index = self._read_index()
         names = sorted(set(index.values())) if index is not None else self._unindexed()
         for name in names:
@@ -70,37 +73,60 @@ class HFFolder:
         raise UserError(f"{self.folder}: neither {INDEX} nor {SINGLE} is there{told}; expected safetensors files")
 
     def _survey(self, name: str) -> None:
-        stream = self._file(name)
-        for tensor in stream.keys():  # noqa: SIM118 - not a dictionary
+        path = self.folder / name
+        try:
+            # The library checks the whole header; the tensors are read by us, piece by piece and without a map.
+            with safe_open(path, framework="pt") as stream:
+                listed = stream.keys()
+            places = read_header(path)
+        except FileNotFoundError:
+            raise UserError(f"{path}: not there, though {INDEX} names it; get the folder again") from None
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: not a whole safetensors file ({error}); get it again") from None
+        for tensor in listed:
             if tensor in self.file_of:
-                raise UserError(f"{self.folder / name}: has {tensor}, which {self.file_of[tensor]} has too; remove one")
-            view = stream.get_slice(tensor)
-            dtype = view.get_dtype()
+                raise UserError(f"{path}: has {tensor}, which {self.file_of[tensor]} has too; remove one")
+            dtype, shape, first_byte = places[tensor]
             if dtype not in self._known:
-                raise UserError(f"{self.folder / name}: {tensor} is {dtype}; expected {' or '.join(self._known)}")
+                raise UserError(f"{path}: {tensor} is {dtype}; expected {' or '.join(self._known)}")
             self.file_of[tensor] = name
-            self.shapes[tensor] = tuple(view.get_shape())
-            self.dtypes[tensor] = self._known[dtype]
+            self.shapes[tensor], self.dtypes[tensor] = shape, self._known[dtype]
+            self._stored[tensor] = (shape, self._known[dtype], first_byte)
 
-    def _file(self, name: str) -> Any:
-        stream = self._open.pop(name, None)
-        if stream is None:
-            path = self.folder / name
-            try:
-                stream = safe_open(path, framework="pt")
-            except FileNotFoundError:
-                raise UserError(f"{path}: not there, though {INDEX} names it; get the folder again") from None
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{path}: not a whole safetensors file ({error}); get it again") from None
-        self._open[name] = stream
+    def _descriptor(self, name: str) -> int:
+        descriptor = self._open.pop(name, None)
+        if descriptor is None:
+            descriptor = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
+        self._open[name] = descriptor
         if len(self._open) > OPEN_FILES:
-            self._open.popitem(last=False)
-        return stream
+            os.close(self._open.popitem(last=False)[1])
+        return descriptor
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_open", {}).values():
+            os.close(descriptor)
 
     def read(self, name: str) -> Tensor:
         """A tensor as it is stored."""
-        tensor: Tensor = self._file(self.file_of[name]).get_tensor(name)
-        return tensor
+        return self._read_rows(name, 0, None)
+
+    def rows(self, name: str, first: int, count: int) -> Tensor:
+        """`count` of a tensor's rows from `first` on, as they are stored."""
+        return self._read_rows(name, first, count)
+
+    def _read_rows(self, name: str, first: int, count: int | None) -> Tensor:
+        shape, dtype, offset = self._stored[name]
+        if count is not None:
+            offset += first * math.prod(shape[1:]) * dtype.itemsize
+            shape = (count, *shape[1:])
+        buffer = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+        target, file = memoryview(buffer.numpy()), self.file_of[name]
+        while target:
+            done = os.preadv(self._descriptor(file), [target], offset)
+            if done == 0:
+                raise WorkError(f"{self.folder / file}: ends inside {name}; it was whole before, get it again")
+            target, offset = target[done:], offset + done
+        return buffer.view(dtype).view(shape)
 
 
 def only_dtype(dtypes: Mapping[str, torch.dtype], names: list[str], where: Path) -> torch.dtype:

@@ -7,14 +7,17 @@ Format: 8 bytes little-endian length of the header, the header (JSON, padded wit
 import hashlib
 import json
 import math
+import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import torch
 from torch import Tensor
+
+from megatron_joy.data.atomic import commit_partial, partial_path
 
 DTYPES: dict[str, tuple[str, torch.dtype]] = {
     "fp32": ("F32", torch.float32),
@@ -25,6 +28,7 @@ DTYPES: dict[str, tuple[str, torch.dtype]] = {
     "int64": ("I64", torch.int64),
 }
 _ALIGNMENT = 8
+_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -56,18 +60,31 @@ def _header(entries: Sequence[Entry]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Name -> (dtype as the format calls it, shape, first byte in the file), of a file that the library has checked."""
+    with open(path, "rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        content = json.loads(stream.read(length))
+    content.pop("__metadata__", None)
+    return {
+        name: (entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in content.items()
+    }
+
+
 def aligned(entries: Sequence[Entry]) -> list[Entry]:
     """The order in a file: wide elements first, so that each tensor lies at a multiple of its elements' size."""
     return sorted(entries, key=lambda entry: -DTYPES[entry.dtype][1].itemsize)
 
 
 def write_file(
-    path: Path, entries: Sequence[Entry], produce: Callable[[Entry], Mapping[str, Tensor]]
+    path: Path, entries: Sequence[Entry], produce: Callable[[Entry], Mapping[str, Iterable[Tensor]]]
 ) -> dict[str, str]:
-    """Writes the tensors, laid out in the given order; returns the SHA-256 of each one's bytes.
+    """Writes and syncs the tensors, laid out in the given order; returns the SHA-256 of each one's bytes.
 
-    `produce` is asked for the first tensor that is not there yet and gives it by name, of exactly the entry's shape and
-    dtype (ValueError otherwise), with whatever others of the file came of the same work (a weight and its scales).
+    `produce` is asked for the first tensor that is not there yet and gives it by name, as pieces of its rows one after
+    the other, together of exactly the entry's shape and dtype (ValueError otherwise), with whatever others of the file
+    came of the same work (a weight and its scales). The file appears under its name when it is whole.
     """
     digests: dict[str, str] = {}
     header = _header(entries)
@@ -76,23 +93,59 @@ def write_file(
     for entry in entries:
         place[entry.name] = (entry, end)
         end += entry.bytes
-    with open(path, "wb") as stream:
-        stream.write(header)
-        for entry in entries:
-            if entry.name in digests:
-                continue
-            for name, tensor in produce(entry).items():
-                stream.seek(place[name][1])
-                digests[name] = _write_tensor(stream, place[name][0], tensor)
+    partial = partial_path(path)
+    try:
+        with open(partial, "wb") as stream:
+            stream.write(header)
+            for entry in entries:
+                if entry.name in digests:
+                    continue
+                for name, pieces in produce(entry).items():
+                    stream.seek(place[name][1])
+                    digests[name] = _write_tensor(stream, place[name][0], pieces)
+            stream.flush()
+            os.fsync(stream.fileno())
+        commit_partial(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return digests
 
 
-def _write_tensor(stream: IO[bytes], entry: Entry, tensor: Tensor) -> str:
-    if tuple(tensor.shape) != entry.shape or tensor.dtype != DTYPES[entry.dtype][1]:
-        raise ValueError(f"{entry.name}: {list(tensor.shape)} {tensor.dtype}, expected {entry}")
-    data = elements_of(tensor)
-    stream.write(data)
-    return hashlib.sha256(data).hexdigest()
+def _write_tensor(stream: IO[bytes], entry: Entry, pieces: Iterable[Tensor]) -> str:
+    digest, written = hashlib.sha256(), 0
+    for tensor in pieces:
+        if tensor.shape[1:] != entry.shape[1:] or tensor.dtype != DTYPES[entry.dtype][1]:
+            raise ValueError(f"{entry.name}: {list(tensor.shape)} {tensor.dtype}, expected {entry}")
+        data = elements_of(tensor)
+        stream.write(data)
+        digest.update(data)
+        written += data.nbytes
+    if written != entry.bytes:
+        raise ValueError(f"{entry.name}: {written} bytes, expected {entry}")
+    return digest.hexdigest()
+
+
+def holds(path: Path, entries: Sequence[Entry], digests: Mapping[str, str]) -> bool:
+    """Whether a file is, byte for byte, what `write_file` made of these entries when it returned these digests."""
+    header = _header(entries)
+    try:
+        with open(path, "rb") as stream:
+            if os.fstat(stream.fileno()).st_size != len(header) + sum(entry.bytes for entry in entries):
+                return False
+            return stream.read(len(header)) == header and all(
+                _digest_of(stream, entry.bytes) == digests.get(entry.name) for entry in entries
+            )
+    except OSError:
+        return False
+
+
+def _digest_of(stream: IO[bytes], size: int) -> str:
+    digest = hashlib.sha256()
+    while size:
+        data = stream.read(min(size, _CHUNK))
+        digest.update(data)
+        size -= len(data)
+    return digest.hexdigest()
 
 
 def elements_of(tensor: Tensor) -> memoryview:

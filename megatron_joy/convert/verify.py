@@ -1,14 +1,12 @@
 """The proof of an export: every tensor re-read bit for bit, and logits of the training model against transformers'."""
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,11 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from megatron_joy.convert.hf_folder import INDEX
 from megatron_joy.convert.mapping import ConversionPlan
 from megatron_joy.convert.precisions.independent import independent
 from megatron_joy.convert.precisions.schemes import Scheme, spread
 from megatron_joy.convert.precisions.table import Precision
-from megatron_joy.convert.progress import Phases
+from megatron_joy.convert.progress import Advance
 from megatron_joy.convert.safetensors_file import elements_of
 from megatron_joy.convert.sample_text import sample_ids
 from megatron_joy.errors import WorkError
@@ -35,6 +32,7 @@ _FP32_ROUNDING = 1e-6
 LENGTH = 256  # tokens that are compared
 # Two processes hold the model in fp32 at the same time, and loading needs some more.
 _BYTES_PER_PARAMETER = 12
+_MAPPED = 1 << 28  # bytes of a file that may be mapped into memory at a time
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -77,88 +75,129 @@ class Verification:
 
 @dataclass(frozen=True)
 class Written:
-    """An export to be proved.
+    """A file of an export to be proved.
 
-    original, stored: name of a tensor of the plan -> it as the checkpoint has it, and what is to be on disk for it.
-    weight_of: name on disk -> the plan's. digests: SHA-256 of each tensor as it was written.
+    original: name of a tensor of the plan -> it as the checkpoint has it. stored: the same name -> what is to be on
+    disk for it, in pieces. weight_of: name on disk -> the plan's. digests: SHA-256 of each tensor as it was written.
     """
 
-    folder: Path
-    checkpoint: Path
     plan: ConversionPlan
     precision: Precision
     original: Callable[[str], Tensor]
-    stored: Callable[[str], dict[str, Tensor]]
+    stored: Callable[[str], Mapping[str, Iterable[Tensor]]]
     weight_of: dict[str, str]
     quantised: frozenset[str]
     digests: dict[str, str]
 
 
-def verify_folder(written: Written, tokenizer: Tokenizer | None, phases: Phases) -> Verification:
-    """Raises WorkError when a tensor on disk is not what the checkpoint says, or when the logits differ."""
-    size = verify_tensors(written, phases)
-    errors, whose = verify_quantised(written, phases) if written.quantised else (None, None)
-    problem = memory_problem(written.plan)
+@dataclass(frozen=True)
+class FileProof:
+    """Of a file that holds: bytes of its tensors and the error of each quantised weight."""
+
+    bytes: int
+    errors: dict[str, Error]
+
+
+def verification_of(proofs: Sequence[FileProof], tensors: int, precision: Precision) -> Verification:
+    """The files' proofs as one, without logits yet."""
+    errors = {name: error for proof in proofs for name, error in proof.errors.items()}
+    whose = independent(precision, precision.scheme)[1] if precision.scheme else None
+    return Verification(tensors, sum(proof.bytes for proof in proofs), None, None, errors if whose else None, whose)
+
+
+def with_logits(
+    found: Verification,
+    folder: Path,
+    checkpoint: Path,
+    plan: ConversionPlan,
+    precision: Precision,
+    tokenizer: Tokenizer | None,
+) -> Verification:
+    """Adds the comparison of logits where the model fits. Raises WorkError when unquantised ones differ."""
+    problem = memory_problem(plan)
     if problem is not None:
-        return Verification(len(written.digests), size, None, problem, errors, whose)
-    phases("comparing logits with transformers", None)
-    length = min(LENGTH, written.plan.model.max_position_embeddings)
-    ids = sample_ids(tokenizer, written.plan.vocabulary, length)
-    agreement = compare_logits(written.folder, written.checkpoint, ids, written.precision.rest)
-    if not written.quantised and not agreement.max_difference <= LOGITS_TOLERANCE:
+        return replace(found, why_no_logits=problem)
+    ids = sample_ids(tokenizer, plan.vocabulary, min(LENGTH, plan.model.max_position_embeddings))
+    agreement = compare_logits(folder, checkpoint, ids, precision.rest)
+    if precision.scheme is None and not agreement.max_difference <= LOGITS_TOLERANCE:
         raise WorkError(
             f"transformers' logits of the export differ from the training model's by {agreement.max_difference:.2e} "
             f"(expected at most {LOGITS_TOLERANCE:.0e}); it is not kept"
         )
-    return Verification(len(written.digests), size, agreement, None, errors, whose)
+    return replace(found, logits=agreement)
 
 
-def verify_tensors(written: Written, phases: Phases) -> int:
-    """Reads every tensor back through the safetensors library and compares its bits; returns the bytes compared."""
-    total = sum(path.stat().st_size for path in written.folder.glob("*.safetensors"))
-    advance = phases("reading back", total)
-    size, seen = 0, set()
-    latest: tuple[str, dict[str, Tensor]] = ("", {})
-    for path in sorted(written.folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as stream:
-            for name in stream.keys():  # noqa: SIM118 - not a dictionary
-                found = elements_of(stream.get_tensor(name))
-                same_as_written = hashlib.sha256(found).hexdigest() == written.digests.get(name)
-                weight = written.weight_of.get(name, name)
-                if latest[0] != weight:
-                    latest = (weight, written.stored(weight))
-                if not same_as_written or found != elements_of(latest[1][name]):
-                    raise WorkError(f"{path.name}: {name} on disk is not the checkpoint's; the export is not kept")
-                advance(found.nbytes)
-                size += found.nbytes
-                seen.add(name)
-    missing = written.weight_of.keys() - seen
-    if missing:
+def verify_file(written: Written, path: Path, advance: Advance) -> FileProof:
+    """Reads every tensor back through the safetensors library and compares its bits with the checkpoint's.
+
+    What is quantised is also dequantised by other code than wrote it; each element must lie within half a step of its
+    scale. Raises WorkError for a tensor that is missing, not what was written, or further away.
+    """
+    size, errors = 0, {}
+    reader = _Reader(path)
+    if missing := written.weight_of.keys() - reader.names:
         raise WorkError(f"{sorted(missing)[0]} is in no file of the export; it is not kept")
+    for weight in dict.fromkeys(written.weight_of.values()):
+        whole: dict[str, Tensor] = {}
+        for name, pieces in written.stored(weight).items():
+            size += _check_bits(name, reader.pieces(name, pieces), written.digests, path, advance)
+            if weight in written.quantised:
+                whole[name.removeprefix(weight.removesuffix("weight"))] = reader.whole(name)
+        if weight in written.quantised:
+            errors[weight] = _check_error(written, weight, whole)
+    return FileProof(size, errors)
+
+
+class _Reader:
+    """A file through the safetensors library, opened anew after some bytes: it maps the file and keeps what it read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._left = path, 0
+        self._stream: Any = None
+        self.names = frozenset(self._opened(0).keys())
+
+    def _opened(self, size: int) -> Any:
+        if self._left < size or self._stream is None:
+            self._stream, self._left = safe_open(self.path, framework="pt"), _MAPPED
+        self._left -= size
+        return self._stream
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor."""
+        tensor: Tensor = self._opened(0).get_tensor(name)
+        self._left -= tensor.nbytes
+        return tensor
+
+    def pieces(self, name: str, like: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The tensor's rows in pieces as those of `like`, each beside the one it is to be."""
+        first = 0
+        for expected in like:
+            rows = self._opened(expected.nbytes).get_slice(name)[first : first + expected.shape[0]]
+            first += expected.shape[0]
+            yield rows, expected
+
+
+def _check_bits(
+    name: str, pieces: Iterable[tuple[Tensor, Tensor]], digests: Mapping[str, str], path: Path, advance: Advance
+) -> int:
+    """Returns the bytes compared."""
+    digest, size, same = hashlib.sha256(), 0, True
+    for found, expected in pieces:
+        data = elements_of(found)
+        digest.update(data)
+        same = same and found.dtype == expected.dtype and data == elements_of(expected)
+        size += data.nbytes
+        advance(data.nbytes)
+    if not same or digest.hexdigest() != digests.get(name):
+        raise WorkError(f"{path.name}: {name} on disk is not the checkpoint's; the export is not kept")
     return size
 
 
-def verify_quantised(written: Written, phases: Phases) -> tuple[dict[str, Error], str]:
-    """Dequantises what is on disk by other code than wrote it; each element must lie within half a step of its scale.
-
-    Returns the error of every quantised weight and whose code it was. Raises WorkError for an element further away.
-    """
+def _check_error(written: Written, weight: str, stored: dict[str, Tensor]) -> Error:
     scheme = written.precision.scheme
     assert scheme is not None
-    dequantise, whose = independent(written.precision, scheme)
-    names = [tensor.name for tensor in written.plan.tensors if tensor.name in written.quantised]
-    weights = json.loads((written.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    advance = phases("dequantising", sum(written.plan.by_name[name].elements for name in names))
-    errors = {}
-    with ExitStack() as opened:
-        files = {f: opened.enter_context(safe_open(written.folder / f, framework="pt")) for f in set(weights.values())}
-        for name in names:
-            parts = scheme.parts(written.plan.by_name[name].shape)
-            keys = {part.suffix: name.removesuffix("weight") + part.suffix for part in parts}
-            stored = {suffix: files[weights[key]].get_tensor(key) for suffix, key in keys.items()}
-            errors[name] = error_of(name, written.original(name).float(), dequantise(stored), stored, scheme)
-            advance(written.plan.by_name[name].elements)
-    return errors, whose
+    dequantise, _ = independent(written.precision, scheme)
+    return error_of(weight, written.original(weight).float(), dequantise(stored), stored, scheme)
 
 
 def error_of(name: str, weight: Tensor, found: Tensor, stored: dict[str, Tensor], scheme: Scheme) -> Error:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_joy.convert.to_hf import ExportOptions, to_hf
+from megatron_joy.convert.export_job import ExportOptions
+from megatron_joy.convert.to_hf import to_hf
 from tests.convert.worlds import Reference, make_reference
 from tests.gloo import run_world
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_joy.convert.export_job import ExportOptions
 from megatron_joy.convert.logits import transformers_logits
-from megatron_joy.convert.to_hf import ExportOptions, to_hf
+from megatron_joy.convert.to_hf import to_hf
 from megatron_joy.infer.weights import build_decoder, open_weights
 from tests.convert.tampering import all_tensors
 from tests.convert.test_mtp import dense_mtp_layer, load_main_model, mtp_logits

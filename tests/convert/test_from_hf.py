@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_joy.checkpoint.find import open_checkpoint
+from megatron_joy.convert.export_job import ExportOptions
 from megatron_joy.convert.from_hf import from_hf
 from megatron_joy.convert.store import TensorStore
-from megatron_joy.convert.to_hf import ExportOptions, to_hf
+from megatron_joy.convert.to_hf import to_hf
 from megatron_joy.errors import UserError
 from megatron_joy.recipe import dump_recipe, load_recipe
 from tests.convert.tampering import all_tensors, edit_json, edit_tensors

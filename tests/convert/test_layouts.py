@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_joy.convert.export_job import ExportOptions
 from megatron_joy.convert.from_hf import from_hf
-from megatron_joy.convert.to_hf import ExportOptions, to_hf
+from megatron_joy.convert.to_hf import to_hf
 from tests.convert.worlds import LAYOUTS, make_recipe, reshard
 from tests.gloo import run_world
 

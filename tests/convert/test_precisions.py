@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_joy.checkpoint.find import open_checkpoint
 from megatron_joy.convert import verify
+from megatron_joy.convert.export_job import ExportOptions
 from megatron_joy.convert.from_hf import from_hf
 from megatron_joy.convert.logits import transformers_logits
 from megatron_joy.convert.mapping import conversion_plan
@@ -20,7 +21,7 @@ from megatron_joy.convert.precisions.independent import independent
 from megatron_joy.convert.precisions.schemes import pack_nibbles, spread, unpack_nibbles
 from megatron_joy.convert.precisions.table import PRECISIONS, left_out
 from megatron_joy.convert.store import TensorStore
-from megatron_joy.convert.to_hf import ExportOptions, to_hf
+from megatron_joy.convert.to_hf import to_hf
 from megatron_joy.errors import UserError, WorkError
 from megatron_joy.recipe import load_recipe
 from tests.convert.tampering import all_tensors, edit_json, edit_tensors

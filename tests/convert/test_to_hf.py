@@ -1,6 +1,7 @@
 """An export is what transformers reads without our code, bit for bit the checkpoint, or it is not there at all."""
 
 import errno
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,13 +13,15 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM
 
 from megatron_joy.checkpoint.marker import MARKER, RECIPE
-from megatron_joy.convert import to_hf as room
+from megatron_joy.convert import export_job as room
+from megatron_joy.convert.export_job import ExportOptions
 from megatron_joy.convert.mapping import conversion_plan
-from megatron_joy.convert.to_hf import ExportOptions, to_hf
+from megatron_joy.convert.provenance import data_summary
+from megatron_joy.convert.to_hf import to_hf
 from megatron_joy.errors import UserError, WorkError
 from tests.convert.tampering import all_tensors, recommit
 from tests.convert.tokenizers_made import make_tokenizer
-from tests.convert.worlds import Reference, make_recipe
+from tests.convert.worlds import LENGTH, Reference, make_recipe
 
 QUICK = ExportOptions(verify=False)
 
@@ -199,6 +202,38 @@ def test_a_torn_checkpoint_is_refused(reference: Reference, tmp_path: Path) -> N
     data.write_bytes(data.read_bytes()[:-1])
     with pytest.raises(UserError, match="not a whole checkpoint"):
         to_hf(copy, tmp_path / "hf", QUICK)
+
+
+def test_a_checkpoint_that_is_still_being_written_is_refused(reference: Reference, tmp_path: Path) -> None:
+    copy = shutil.copytree(reference.checkpoint, tmp_path / "step_00000007")
+    (copy / MARKER).unlink()
+    with pytest.raises(UserError, match=r"COMMITTED\.json is missing \(the save was not finished\)"):
+        to_hf(copy, tmp_path / "hf", QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000007"]
+
+
+def test_the_model_card_says_where_the_weights_are_from(exported: Path, reference: Reference) -> None:
+    card = (exported / "README.md").read_text()
+    assert "# minuscule, step 7" in card
+    assert f"| tokens seen | {28 * LENGTH:,} |" in card
+    assert f"| recipe | SHA-256 `{hashlib.sha256((reference.checkpoint / RECIPE).read_bytes()).hexdigest()}` |" in card
+    assert "The checkpoint has no ledger of data" in card
+    assert "Not verified (`--no-verify`)." in card
+
+
+def test_the_data_summary_counts_what_each_source_gave() -> None:
+    first = {"start": 0, "samples": 100, "sequence_length": 10, "blend": [["code", 1.0], ["web", 3.0]]}
+    second = {"start": 60, "samples": 40, "sequence_length": 20, "blend": [["web", 1.0]]}
+    ledger = [
+        {"from_step": 0, "from_sample": 0, "stretches": [first]},
+        {"from_step": 6, "from_sample": 60, "stretches": [second]},
+    ]
+    # 60 samples of 10 tokens under the first blend, then 15 of 20 under the second.
+    assert data_summary({"ledger": ledger, "sources": {"web": "abc"}}, 75) == [
+        {"source": "code", "tokens": 150, "fingerprint": None},
+        {"source": "web", "tokens": 450 + 300, "fingerprint": "abc"},
+    ]
+    assert data_summary({}, None) == []
 
 
 def test_a_full_disk_leaves_nothing_behind(

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_joy.convert import to_hf as to_hf_room
+from megatron_joy.convert import export_job
 from megatron_joy.convert import verify as room
+from megatron_joy.convert.export_job import ExportOptions
 from megatron_joy.convert.precisions.table import PRECISIONS
-from megatron_joy.convert.progress import silent
 from megatron_joy.convert.safetensors_file import Entry, write_file
-from megatron_joy.convert.to_hf import ExportOptions, to_hf
+from megatron_joy.convert.to_hf import to_hf
 from megatron_joy.errors import WorkError
 from tests.convert.worlds import MODEL, Reference, make_reference
 from tests.gloo import run_world
@@ -82,38 +82,34 @@ def test_a_byte_that_flips_on_the_way_to_disk_is_found(
         path.write_bytes(content)
         return digests
 
-    monkeypatch.setattr(to_hf_room, "write_file", flip)
+    monkeypatch.setattr(export_job, "write_file", flip)
     with pytest.raises(WorkError, match=r"safetensors: \S+ on disk is not the checkpoint's"):
         to_hf(reference.checkpoint, tmp_path / "hf", ExportOptions())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tensor_written_from_another_place_is_found(exported: Path, reference: Reference) -> None:
+def test_a_tensor_written_from_another_place_is_found(exported: Path) -> None:
     """The re-read tensor is compared with the checkpoint itself, not only with the hash of what was written."""
     from megatron_joy.convert.mapping import conversion_plan
     from tests.convert.tampering import all_tensors
     from tests.convert.worlds import make_recipe
 
-    digests = {
-        name: entry["sha256"]
-        for name, entry in json.loads((exported / "joy_conversion.json").read_text())["tensors"].items()
-    }
+    told = json.loads((exported / "joy_conversion.json").read_text())["tensors"]
     tensors = all_tensors(exported)
     expert = "model.layers.1.mlp.experts.0."
+    file = told[expert + "gate_proj.weight"]["file"]
     swapped = tensors | {expert + "gate_proj.weight": tensors[expert + "up_proj.weight"]}
     written = room.Written(
-        folder=exported,
-        checkpoint=reference.checkpoint,
         plan=conversion_plan(make_recipe().model),
         precision=PRECISIONS["fp32"],
         original=swapped.__getitem__,
-        stored=lambda name: {name: swapped[name]},
-        weight_of={name: name for name in tensors},
+        stored=lambda name: {name: [swapped[name]]},
+        weight_of={name: name for name, entry in told.items() if entry["file"] == file},
         quantised=frozenset(),
-        digests=digests,
+        digests={name: entry["sha256"] for name, entry in told.items()},
     )
     with pytest.raises(WorkError, match=r"experts\.0\.gate_proj\.weight on disk is not the checkpoint's"):
-        room.verify_tensors(written, silent)
+        room.verify_file(written, exported / file, lambda done: None)
 
 
 def test_a_model_too_large_for_memory_is_verified_by_its_bits_alone(
@@ -128,5 +124,7 @@ def test_a_model_too_large_for_memory_is_verified_by_its_bits_alone(
 
 
 def test_a_file_holds_what_the_header_says_and_only_that(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"a: \[2\] torch\.float32, expected"):
-        write_file(tmp_path / "x.safetensors", [Entry("a", "fp32", (3,))], lambda entry: {"a": torch.zeros(2)})
+    wrong = torch.zeros(2, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"a: \[2\] torch\.bfloat16, expected"):
+        write_file(tmp_path / "x.safetensors", [Entry("a", "fp32", (3,))], lambda entry: {"a": [wrong]})
+    assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_joy.convert.to_hf import ExportOptions, to_hf
+from megatron_joy.convert.export_job import ExportOptions
+from megatron_joy.convert.to_hf import to_hf
 from megatron_joy.infer.decoder import Decoder
 from megatron_joy.infer.weights import build_decoder, open_weights
 from tests.convert.worlds import Reference, make_reference

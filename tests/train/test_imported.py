@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_joy.convert.export_job import ExportOptions
 from megatron_joy.convert.from_hf import from_hf
-from megatron_joy.convert.to_hf import ExportOptions, to_hf
+from megatron_joy.convert.to_hf import to_hf
 from megatron_joy.recipe import load_recipe
 from tests.train.minuscule import EP2, ONE, train
 
