@@ -7,18 +7,25 @@ from typing import Any
 import torch
 
 import megatron_joy
+from megatron_joy.checkpoint.marker import Checkpoint
 from megatron_joy.convert.export_job import ExportJob, ExportOptions
 from megatron_joy.convert.verify import Verification
-from megatron_joy.recipe.ledger import from_json, in_force
+from megatron_joy.recipe import load_recipe
+from megatron_joy.recipe.ledger import first_sample, from_json, in_force
+from megatron_joy.recipe.timetable import Timetable
 
 PROVENANCE = "joy_conversion.json"
 CARD = "README.md"
 
 
 def provenance(
-    job: ExportJob, options: ExportOptions, digests: dict[str, str], verification: Verification | None
+    job: ExportJob,
+    options: ExportOptions,
+    data: list[dict[str, Any]],
+    digests: dict[str, str],
+    verification: Verification | None,
 ) -> dict[str, Any]:
-    """The content of joy_conversion.json. digests: SHA-256 of each stored tensor."""
+    """The content of joy_conversion.json. data: `data_read`. digests: SHA-256 of each stored tensor."""
     marker = job.source.checkpoint.marker
     return {
         "format_version": 1,
@@ -36,7 +43,7 @@ def provenance(
             "written": marker.time,
             "layout": marker.layout,
         },
-        "data": data_summary(marker.state, marker.samples),
+        "data": data,
         "family": options.family,
         "precision": job.precision.name,
         "rounded": job.rounded,
@@ -58,16 +65,23 @@ def provenance(
     }
 
 
-def data_summary(state: dict[str, Any], samples: int | None) -> list[dict[str, Any]]:
-    """Each source that the run has read, by its label: tokens by the ledger's shares, and its shards' fingerprint.
-
-    Empty where the checkpoint has no ledger (imported weights).
-    """
-    if not state.get("ledger") or samples is None:
+def data_read(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """What a checkpoint's run has read (`data_summary`). Raises UserError for a ledger that can't be read."""
+    state = checkpoint.state
+    if not state.get("ledger"):
         return []
+    timetable = Timetable(load_recipe(str(checkpoint.recipe_path)))
+    return data_summary(state, first_sample(from_json(state["ledger"]), timetable, checkpoint.step + 1))
+
+
+def data_summary(state: dict[str, Any], end: int) -> list[dict[str, Any]]:
+    """Each source that the run has read up to sample `end`: tokens by the ledger's shares, and its shards' fingerprint.
+
+    Samples that a guard went back on count as read.
+    """
     tokens: dict[str, Fraction] = {}
     for stretch in in_force(from_json(state["ledger"])):
-        read = max(0, min(stretch.samples, samples - stretch.start)) * stretch.sequence_length
+        read = max(0, min(stretch.samples, end - stretch.start)) * stretch.sequence_length
         total = sum(Fraction(repr(weight)) for _, weight in stretch.blend)
         for label, weight in stretch.blend:
             tokens[label] = tokens.get(label, Fraction(0)) + Fraction(repr(weight)) / total * read

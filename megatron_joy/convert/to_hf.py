@@ -13,7 +13,7 @@ from megatron_joy.convert.hf_config import CONFIG, GENERATION_CONFIG, SpecialTok
 from megatron_joy.convert.hf_folder import INDEX
 from megatron_joy.convert.precisions.config import KEY, quantization_config
 from megatron_joy.convert.progress import Phases, silent
-from megatron_joy.convert.provenance import CARD, PROVENANCE, model_card, provenance
+from megatron_joy.convert.provenance import CARD, PROVENANCE, data_read, model_card, provenance
 from megatron_joy.convert.source import TOKENIZER_FILES, TokenizerFolder, check_vocabulary, open_source, tokenizer_of
 from megatron_joy.convert.store import TensorStore
 from megatron_joy.convert.verify import Verification, verification_of, with_logits
@@ -76,7 +76,7 @@ def to_hf(path: Path, out: Path, options: ExportOptions, phases: Phases = silent
     source = open_source(path, full=options.verify)
     with TensorStore(source.checkpoint) as store:
         job = export_job(source, store, options)
-        texts = _texts(job, options)
+        texts, data = _texts(job, options), data_read(source.checkpoint)
         workers = workers_for(options.workers, len(job.files), job.bytes)
         refuse_full_disk(out, job.bytes + _SMALL_FILES)
         opener = partial(open_export, source.checkpoint.path, options)
@@ -88,7 +88,7 @@ def to_hf(path: Path, out: Path, options: ExportOptions, phases: Phases = silent
             flat = {name: digest for of_file in digests.values() for name, digest in of_file.items()}
             if proofs is not None:
                 proofs = _compare_logits(job, work.folder, proofs, texts, phases)
-            told = provenance(job, options, flat, proofs)
+            told = provenance(job, options, data, flat, proofs)
             _write_json(work.folder / PROVENANCE, told)
             (work.folder / CARD).write_text(model_card(job, told), encoding="utf-8")
         return Export(

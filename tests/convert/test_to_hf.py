@@ -225,15 +225,14 @@ def test_the_data_summary_counts_what_each_source_gave() -> None:
     first = {"start": 0, "samples": 100, "sequence_length": 10, "blend": [["code", 1.0], ["web", 3.0]]}
     second = {"start": 60, "samples": 40, "sequence_length": 20, "blend": [["web", 1.0]]}
     ledger = [
-        {"from_step": 0, "from_sample": 0, "stretches": [first]},
-        {"from_step": 6, "from_sample": 60, "stretches": [second]},
+        {"from_step": 0, "from_sample": 0, "stretches": [first], "skipped": [], "reason": ""},
+        {"from_step": 6, "from_sample": 60, "stretches": [second], "skipped": [], "reason": ""},
     ]
     # 60 samples of 10 tokens under the first blend, then 15 of 20 under the second.
     assert data_summary({"ledger": ledger, "sources": {"web": "abc"}}, 75) == [
         {"source": "code", "tokens": 150, "fingerprint": None},
         {"source": "web", "tokens": 450 + 300, "fingerprint": "abc"},
     ]
-    assert data_summary({}, None) == []
 
 
 def test_a_full_disk_leaves_nothing_behind(
