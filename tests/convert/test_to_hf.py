@@ -12,13 +12,16 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM
 
-from megatron_joy.checkpoint.marker import MARKER, RECIPE
+from megatron_joy.checkpoint.marker import MARKER, RECIPE, Checkpoint, Marker
 from megatron_joy.convert import export_job as room
 from megatron_joy.convert.export_job import ExportOptions
 from megatron_joy.convert.mapping import conversion_plan
-from megatron_joy.convert.provenance import data_summary
+from megatron_joy.convert.provenance import data_read, data_summary
 from megatron_joy.convert.to_hf import to_hf
 from megatron_joy.errors import UserError, WorkError
+from megatron_joy.recipe import dump_recipe
+from megatron_joy.recipe.ledger import as_json, begin
+from megatron_joy.recipe.schema import DataSection, SourceEntry
 from tests.convert.tampering import all_tensors, recommit
 from tests.convert.tokenizers_made import make_tokenizer
 from tests.convert.worlds import LENGTH, Reference, make_recipe
@@ -233,6 +236,17 @@ def test_the_data_summary_counts_what_each_source_gave() -> None:
         {"source": "code", "tokens": 150, "fingerprint": None},
         {"source": "web", "tokens": 450 + 300, "fingerprint": "abc"},
     ]
+
+
+def test_what_a_run_has_read_follows_from_its_checkpoint(tmp_path: Path) -> None:
+    train = [SourceEntry(manifest="code", weight=1.0), SourceEntry(manifest="web", weight=3.0)]
+    recipe = make_recipe().model_copy(update={"data": DataSection(sequence_length=LENGTH, train=train)})
+    (tmp_path / RECIPE).write_text(dump_recipe(recipe))
+    state = {"ledger": as_json(begin(recipe)), "sources": {}}
+    marker = Marker(7, 0, 0.0, 1, {}, {}, "", None, state, ())
+    read = data_read(Checkpoint(tmp_path, marker))
+    # 7 updates of 4 samples.
+    assert [(row["source"], row["tokens"]) for row in read] == [("code", 7 * LENGTH), ("web", 21 * LENGTH)]
 
 
 def test_a_full_disk_leaves_nothing_behind(
