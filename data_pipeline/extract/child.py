@@ -1,11 +1,14 @@
 """The process that parses pages, and the one that watches it.
 
 Requests and answers are frames: 4 bytes of length and UTF-8. When the parent dies the child reads the end of its input
-and leaves. Run as `python -m data_pipeline.extract.child ENGINE FAVOUR`.
+and leaves, or is ended by its own alarm where a page holds it up. Ctrl-C and SIGTERM are the parent's business: a child
+that they ended would look like a page that crashes the parser. Run as
+`python -m data_pipeline.extract.child ENGINE FAVOUR SECONDS`.
 """
 
 import resource
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -85,7 +88,8 @@ class Extractor:
     """Extracts pages one after another in a child process, which is started when it is needed."""
 
     def __init__(self, engine: str, favour: str, seconds: float) -> None:
-        self._command = [sys.executable, "-m", "data_pipeline.extract.child", engine, favour]
+        alarm = str(2 * WALL_FACTOR * seconds)  # later than our own patience: for orphans only
+        self._command = [sys.executable, "-m", "data_pipeline.extract.child", engine, favour, alarm]
         self._seconds = seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._pages = 0
@@ -145,18 +149,25 @@ class Extractor:
         return "text", answer.decode()
 
 
-def serve(engine: str, favour: str, requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Answer pages with their text until there are no more. A page that the parser refuses has none."""
+def serve(engine: str, favour: str, seconds: float, requests: IO[bytes], answers: IO[bytes]) -> None:
+    """Answer pages with their text until there are no more. A page that the parser refuses has none.
+
+    seconds: by the clock, after which the alarm ends the process, whatever C code it is in.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     extract = ENGINES[engine](favour)
     write_frame(answers, b"ready")
     while (content := read_frame(requests)) is not None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             text = extract(content.decode().replace("\0", ""))
         except Exception:  # the parsers name no common class; a page without text is counted as such
             text = ""
+        signal.setitimer(signal.ITIMER_REAL, 0)
         write_frame(answers, text.encode("utf-8", "replace"))
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], sys.argv[2], sys.stdin.buffer, sys.stdout.buffer)
+    serve(sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.stdin.buffer, sys.stdout.buffer)

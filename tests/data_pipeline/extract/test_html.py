@@ -1,5 +1,9 @@
 """Pages to text in a child process: the main text stays, the rest goes, and no page can hold up or end a run."""
 
+import os
+import signal
+import struct
+import subprocess
 import sys
 import time
 
@@ -82,3 +86,26 @@ def test_a_page_that_ends_the_extractor_is_counted_and_the_next_one_is_fine() ->
     assert extractor.extract("bad") == ("crashed", "")
     assert extractor.extract("good") == ("text", "fine")
     extractor.close()
+
+
+def test_an_interrupt_of_the_run_is_not_taken_for_a_page_that_crashes() -> None:
+    extractor = Extractor("resiliparse", "precision", 30.0)
+    assert extractor.extract(PAGE)[0] == "text"
+    assert extractor._process is not None
+    child = extractor._process.pid
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(child, number)
+    outcome, text = extractor.extract(PAGE)
+    assert (outcome, PARAGRAPHS[0] in text, extractor._process.pid) == ("text", True, child)
+    extractor.close()
+
+
+def test_a_child_whose_parent_is_gone_ends_by_its_own_alarm() -> None:
+    program = (
+        "import sys\nfrom data_pipeline.extract import child\n"
+        "def slow(favour):\n    def extract(html):\n        while True: pass\n    return extract\n"
+        "child.ENGINES['slow'] = slow\nchild.serve('slow', '', 0.3, sys.stdin.buffer, sys.stdout.buffer)\n"
+    )
+    request = struct.pack("<I", 4) + b"page"
+    done = subprocess.run([sys.executable, "-c", program], input=request, capture_output=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGALRM
