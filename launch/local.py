@@ -15,11 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from launch.reasons import VARIABLE, Reason, Reasons
+from launch.reasons import FOLDER_VARIABLE, VARIABLE, Reason, Reasons
 from megatron_joy.data.caps import check_epochs
 from megatron_joy.data.manifest import load_manifest
 from megatron_joy.errors import UserError, WorkError
 from megatron_joy.recipe import Recipe, check_run_folder
+from megatron_joy.runstate import FENCE_VARIABLE
+from megatron_joy.runstate.lease import refuse_if_held
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_USER_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
 GRACE_SECONDS = 20.0  # between the first failed rank and killing the others
@@ -32,14 +34,17 @@ SIGNAL_HINTS = {
 }
 
 
-def check(recipe: Recipe) -> None:
-    """Refuses with UserError, before any process starts: a manifest that can't be read, a folder of another run."""
+def check(recipe: Recipe, launch: str = "") -> None:
+    """Refuses with UserError, before any process starts: a manifest that can't be read, a folder of another run, one
+    that is trained by another launch than `launch` now.
+    """
     if not recipe.data.train:
         raise UserError("data.train: no source is given, expected at least one; add [[data.train]] with a manifest")
     for entry in [*recipe.data.train, *recipe.data.validation]:
         load_manifest(Path(entry.manifest))
     check_epochs(recipe)
     check_run_folder(recipe)
+    refuse_if_held(Path(recipe.run.folder or ""), launch)
 
 
 def rank_command(recipe_name: str, overrides: Sequence[str]) -> list[str]:
@@ -96,9 +101,7 @@ class World:
                 self.cut_short = True
                 self.kill()
                 return
-            self.asked_to_stop = True
-            for process in self._running():
-                process.send_signal(signal.SIGTERM)
+            self.ask_to_stop()
             # Not through sys.stderr: the handler may have interrupted a write to it. On a terminal a bar is in the way.
             message = b"stopping: the ranks finish their step and checkpoint; a second signal kills them\n"
             os.write(2, b"\n" + message if os.isatty(2) else message)
@@ -112,12 +115,22 @@ class World:
 
     def wait(self) -> None:
         """Until all ranks are gone; after the first failure the others get GRACE_SECONDS."""
-        while self._running():
-            self._look()
-            if self._deadline is not None and time.monotonic() > self._deadline:
-                self.kill()
+        while self.running():
             time.sleep(POLL_SECONDS)
+
+    def running(self) -> bool:
+        """Whether a rank is left, now that one was looked after: call it often."""
+        left = bool(self._running())  # before the look, which then sees how the last one ended
         self._look()
+        if left and self._deadline is not None and time.monotonic() > self._deadline:
+            self.kill()
+        return left
+
+    def ask_to_stop(self) -> None:
+        """Asks every rank to checkpoint and leave."""
+        self.asked_to_stop = True
+        for process in self._running():
+            process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """Ends what still runs with SIGKILL."""
@@ -176,8 +189,13 @@ class World:
                     log.write(printed)
 
 
-def start(recipe: Recipe, recipe_name: str, overrides: Sequence[str], words: Sequence[str] = ()) -> World:
-    """Starts all ranks of a recipe, with another command than training's where `words` gives one."""
+def start(
+    recipe: Recipe, recipe_name: str, overrides: Sequence[str], words: Sequence[str] = (), fence: int = 0
+) -> World:
+    """Starts all ranks of a recipe, with another command than training's where `words` gives one.
+
+    fence: the number of the attempt; 0 when nobody supervises it.
+    """
     port, launcher, reasons = free_port(), os.getpid(), Reasons()
 
     def in_child() -> None:
@@ -187,6 +205,7 @@ def start(recipe: Recipe, recipe_name: str, overrides: Sequence[str], words: Seq
             os._exit(EXIT_FAILED)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+    own = {VARIABLE: str(reasons.descriptor), FOLDER_VARIABLE: "", FENCE_VARIABLE: str(fence)}
     processes: list[subprocess.Popen[bytes]] = []
     output: list[IO[bytes] | None] = []
     for rank in range(recipe.layout.world_size):
@@ -194,7 +213,7 @@ def start(recipe: Recipe, recipe_name: str, overrides: Sequence[str], words: Seq
         processes.append(
             subprocess.Popen(
                 words or rank_command(recipe_name, overrides),
-                env=os.environ | rank_environment(recipe, rank, port) | {VARIABLE: str(reasons.descriptor)},
+                env=os.environ | rank_environment(recipe, rank, port) | own,
                 stdin=subprocess.DEVNULL,
                 stdout=output[rank],
                 stderr=output[rank],

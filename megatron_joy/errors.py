@@ -10,3 +10,7 @@ class UserError(Exception):
 
 class WorkError(Exception):
     """The input was right but the work failed (a full disk, a lost rank): one line, exit code 1."""
+
+
+class HopelessError(WorkError):
+    """The work failed and would fail the same way again: exit code 93, which says "do not restart"."""

@@ -34,8 +34,8 @@ SlurmctldHost=localhost
 SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
-# cred_expire is also how long a requeued job waits; its default is 120 s.
-AuthInfo=socket={root}/run/munge.sock,cred_expire=3
+# cred_expire is also how long a requeued job waits; its default is 120 s, and what is below 5 is not taken.
+AuthInfo=socket={root}/run/munge.sock,cred_expire=5
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/state/%n
 SlurmctldPidFile={root}/run/slurmctld.pid
@@ -54,12 +54,13 @@ JobRequeue=1
 ReturnToService=2
 SlurmctldTimeout=10
 SlurmdTimeout=8
-KillWait=20
+KillWait=60
 InactiveLimit=0
 MinJobAge=3600
 GresTypes=gpu
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=closed Nodes=ALL AllocNodes=n1 MaxTime=INFINITE State=UP
 """
 
 
@@ -141,7 +142,8 @@ class Cluster:
         (self.root / "state" / node).mkdir(parents=True, exist_ok=True)
         self.run("slurmd", "-N", node)
         self.daemons[node] = self._daemon(node)
-        wait_until(lambda: self.run("sinfo", "-hN", "-n", node, "-o", "%t").rstrip("*") == "idle", 30, f"node {node}")
+        shown = ("sinfo", "-hN", "-n", node, "-p", "main", "-o", "%t")
+        wait_until(lambda: self.run(*shown).rstrip("*") == "idle", 30, f"node {node}")
 
     def _daemon(self, name: str) -> psutil.Process:
         file = self.root / "run" / f"{name}.pid"

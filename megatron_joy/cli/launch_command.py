@@ -30,6 +30,7 @@ def local_command(
     overrides: Overrides = None,
     render: Annotated[bool, typer.Option("--render", help="Print each rank's command, start nothing.")] = False,
     fit: Preflight = False,
+    restarts: Annotated[int, typer.Option(min=0, help="How often the run may fail or hang and is restarted.")] = 0,
 ) -> None:
     """Start every rank of a recipe on this machine and wait for them.
 
@@ -47,6 +48,10 @@ def local_command(
         return
     if fit:
         preflight.run_here(resolved, recipe, overrides or [])
+    if restarts:
+        from launch import local_place
+
+        sys.exit(local_place.run_with_restarts(resolved, recipe, overrides or [], restarts))
     sys.exit(local.run_local(resolved, recipe, overrides or []))
 
 
@@ -76,3 +81,38 @@ def mpi_command(
     if fit and (code := mpi.run_mpi(resolved, preflight.rank_command(recipe, overrides or []), how)):
         sys.exit(code)
     sys.exit(mpi.run_mpi(resolved, ranks, how))
+
+
+@app.command("slurm", epilog="Example: joy launch slurm joyai_48b_a3b --nodes 16 --gpus-per-node 8 --site site.toml")
+def slurm_command(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes that train.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of a node; 0: a CPU cluster.")] = 8,
+    tasks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks of a node; default: its GPUs.")] = None,
+    spares: Annotated[int, typer.Option(min=0, help="Nodes more, idle until one fails.")] = 0,
+    site: Annotated[Path | None, typer.Option(envvar="JOY_SITE", help="The site file (docs/launch.md).")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Plan memory for this GPU, as h100-80g; else the site's.")] = None,
+    chain: Annotated[bool, typer.Option("--chain", help="One job for each of the recipe's stages.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Submit although memory does not suffice.")] = False,
+    render: Annotated[bool, typer.Option("--render", help="Print the script, queue nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON value.")] = False,
+) -> None:
+    """Check a recipe and everything that it needs, then queue it under Slurm.
+
+    Nothing is queued or written unless layout, data, memory and Slurm's own test agree. The job checkpoints before its
+    time is up and queues itself again; what fails is restarted, what can't be mended so is not (docs/launch.md).
+    """
+    from launch import slurm
+    from launch.slurm_site import load_site
+
+    known = load_site(site)
+    known = known.model_copy(update={"gpu": gpu}) if gpu else known
+    request = slurm.Request(recipe, overrides or [], nodes, gpus_per_node, tasks_per_node, known, spares, chain, force)
+    if render:
+        print(slurm.render(request), end="")
+        return
+    resolved, jobs, notes = slurm.launch(request)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(slurm.as_json(resolved, jobs, notes) if as_json else slurm.describe(resolved, jobs))

@@ -1,6 +1,7 @@
 """The console script `joy`: finds the command, runs it, and turns its outcome into an exit code.
 
-0: done. 2: a user's mistake, one line on stderr for each. 1: the work failed. 130: interrupted. A command's module is
+0: done. 2: a user's mistake, one line on stderr for each. 1: the work failed. 93: it would fail the same way again.
+130: interrupted. A command's module is
 imported only when the command is called, so that `joy --help` is quick and torch-free commands need no torch.
 """
 
@@ -16,9 +17,9 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from megatron_joy import __version__
-from megatron_joy.errors import UserError, WorkError
+from megatron_joy.errors import HopelessError, UserError, WorkError
 
-DONE, WORK_FAILED, USER_MISTAKE, INTERRUPTED = 0, 1, 2, 130
+DONE, WORK_FAILED, USER_MISTAKE, HOPELESS, INTERRUPTED = 0, 1, 2, 93, 130
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(USER_MISTAKE, str(error))
     except WorkError as error:
-        return _fail(WORK_FAILED, str(error))
+        return _fail(HOPELESS if isinstance(error, HopelessError) else WORK_FAILED, str(error))
     except TyperException as error:
         return _fail(USER_MISTAKE, _usage_line(error))
     except (KeyboardInterrupt, Abort):

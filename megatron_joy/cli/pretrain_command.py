@@ -11,14 +11,15 @@ from typing import Annotated
 import typer
 
 from launch.reasons import Reason, keep_stderr, launcher_reads_marks, tell_launcher
-from megatron_joy.errors import UserError, WorkError
+from megatron_joy.errors import HopelessError, UserError, WorkError
 from megatron_joy.platform.rank import rank_info
 from megatron_joy.platform.stop_request import StopRequest
 from megatron_joy.recipe import Recipe, load_recipe
+from megatron_joy.runstate.stacks import dump_on_signal
 
 app = typer.Typer()
 
-EXIT_FAILED, EXIT_USER_MISTAKE = 1, 2
+EXIT_FAILED, EXIT_USER_MISTAKE, EXIT_HOPELESS = 1, 2, 93
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped as asked, call again to go on
 
 
@@ -30,13 +31,16 @@ def pretrain_command(
     """Train in the world that a launcher (joy launch, torchrun, srun, mpirun) started, or in this one process.
 
     The same command goes on with a run that was stopped or killed. Exits 0 when all steps are done, 75 when SIGTERM or
-    Ctrl-C made it checkpoint and leave, 2 on a mistake in recipe or data, 1 when the work failed.
+    Ctrl-C made it checkpoint and leave, 2 on a mistake in recipe or data, 1 when the work failed, 93 when
+    it would fail the same way again.
     """
     keep_stderr()
+    dump_on_signal(sys.stderr)  # until the rank's log is open
     try:
         done = _pretrain(recipe, overrides or [])
     except (UserError, WorkError) as error:
-        code = EXIT_USER_MISTAKE if isinstance(error, UserError) else EXIT_FAILED
+        kinds = {UserError: EXIT_USER_MISTAKE, HopelessError: EXIT_HOPELESS}
+        code = next((code for kind, code in kinds.items() if isinstance(error, kind)), EXIT_FAILED)
         if tell_launcher(Reason(rank_info().rank, code, str(error))):
             sys.exit(code)  # the launcher says it, once for all ranks
         raise

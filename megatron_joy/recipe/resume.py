@@ -108,8 +108,9 @@ def check_run_folder(recipe: Recipe) -> None:
         return
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.folder {folder}: is a file, expected a folder; name a new or empty one")
-    # Logs and hidden files are what a first start that was killed may have left.
-    others = [entry.name for entry in folder.iterdir() if entry.name != "logs"] if folder.exists() else []
+    # Logs, a launcher's files and hidden ones are what a first start that was killed may have left.
+    left = ("logs", "launch")
+    others = [entry.name for entry in folder.iterdir() if entry.name not in left] if folder.exists() else []
     if any(not name.startswith(".") for name in others):
         raise UserError(
             f"run.folder {folder}: the folder has other things in it and no {RECIPE_FILE}; name a new or empty folder"

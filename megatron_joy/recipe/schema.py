@@ -316,6 +316,9 @@ class RunSection(Section):
     )
     tensorboard: bool = Field(True, description="Write TensorBoard events beside metrics.jsonl.")
     notify: NotifySection = Field(default_factory=NotifySection)
+    last_stage: str = Field(
+        "", description="Leave, as finished, after the last step of the stage of this name; empty: when all is done."
+    )
 
 
 class BlendEntry(Section):

@@ -156,6 +156,18 @@ def _validation_names(recipe: Recipe) -> Iterator[str]:
             )
 
 
+def _last_stage(recipe: Recipe) -> Iterator[str]:
+    name, names = recipe.run.last_stage, [stage.name for stage in recipe.stages]
+    if not name or name in names:
+        return
+    found = f"run.last_stage = {format_value(name)}"
+    if not names:
+        yield f"{found}: has no effect, the recipe has no [[stages]]; leave it out"
+        return
+    near = difflib.get_close_matches(name, names, n=1)
+    yield f"{found}: is no stage; {f'the nearest is {near[0]}' if near else f'stages are {chr(44).join(names)}'}"
+
+
 def stage_problems(recipe: Recipe) -> list[str]:
     """All that is wrong with the stages of a derived recipe, but for their sum."""
     found = [
@@ -164,7 +176,7 @@ def stage_problems(recipe: Recipe) -> list[str]:
         for check in EACH
         for problem in check(recipe, index, stage)
     ]
-    found += _validation_names(recipe)
+    found += [*_validation_names(recipe), *_last_stage(recipe)]
     found += [*_unused_sources(recipe), *_unused_keys(recipe)] if recipe.stages else []
     return found
 

@@ -1,4 +1,6 @@
-"""logs/rank_N.log: what this rank's libraries warn of, how it crashed, and all that a rank other than 0 prints."""
+"""logs/rank_N.log: what this rank's libraries warn of, how it crashed, its stacks on SIGUSR1, and all that a rank other
+than 0 prints.
+"""
 
 import faulthandler
 import logging
@@ -8,6 +10,7 @@ from logging.handlers import MemoryHandler
 from types import TracebackType
 from typing import IO, Self
 
+from megatron_joy.runstate.stacks import dump_on_signal, ignore_signal
 from megatron_joy.train.run import Run
 
 HELD_BACK = 10_000  # records
@@ -37,6 +40,7 @@ class RankLog:
         self._held.flush()
         self._held.capacity = 1  # from now on at once
         faulthandler.enable(log)
+        dump_on_signal(log)
         if rank:
             sys.stdout.flush()
             for descriptor in (1, 2):
@@ -52,4 +56,5 @@ class RankLog:
         logging.getLogger().removeHandler(self._held)
         if self._file is not None:
             faulthandler.disable()
+            ignore_signal()
             self._file.close()

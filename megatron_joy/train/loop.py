@@ -37,9 +37,15 @@ class Loop:
         return before is not self.stage
 
     @property
+    def last_step(self) -> int:
+        """The step after which the run leaves: that of `run.last_stage`, or of the recipe."""
+        name, ends = self.run.recipe.run.last_stage, {s.name: s.last_step for s in self.trainer.timetable.stages}
+        return ends[name] if name else self.run.recipe.train.steps
+
+    @property
     def done(self) -> bool:
-        """Whether all of the recipe's steps are trained."""
-        return self.run.progress.step >= self.run.recipe.train.steps
+        """Whether all steps are trained that the recipe asks for."""
+        return self.run.progress.step >= self.last_step
 
     def tell(self, moment: str, *arguments: Any, **more: Any) -> None:
         """Calls a moment of every feature, in order."""

@@ -24,6 +24,7 @@ from megatron_joy.recipe.timetable import Timetable
 from megatron_joy.report.notify import check as check_notify
 from megatron_joy.train.features.checkpointing import Checkpointing
 from megatron_joy.train.features.guard import Guard
+from megatron_joy.train.features.liveness import Liveness
 from megatron_joy.train.features.metrics import Metrics
 from megatron_joy.train.features.notify import Notify
 from megatron_joy.train.features.recheck import Recheck
@@ -143,7 +144,7 @@ def _features(
     """In the order in which a step's end needs them: what adds to the row, the row, the guard, the checkpoint."""
     recipe = run.recipe
     guards = recipe.guards
-    features: list[Feature] = [StageSettings(), Stopwatch()]
+    features: list[Feature] = [Liveness(run), StageSettings(), Stopwatch()]
     if guards.straggler_interval and recipe.layout.world_size > 1:
         features.append(Stragglers(guards.straggler_interval, guards.straggler_factor))
     features.append(StopOnSignal(stop))

@@ -22,6 +22,7 @@ TRAINING = FOUNDATION | {"model", "parallel", "precision", "optim", "data", "che
 # Room -> the rooms (or single modules of one) that it may import. The command line may import all of them.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
+    "runstate": {"errors"},
     "recipe": {"errors"},
     "platform": {"errors", "recipe"},
     "precision": FOUNDATION,
@@ -31,13 +32,13 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint": FOUNDATION | {"model", "optim", "data.atomic"},
     "parallel": {"errors", "recipe"},
     "report": {"errors", "recipe", "data"},
-    "train": TRAINING | {"report"},
+    "train": TRAINING | {"report", "runstate"},
     "prove": TRAINING | {"train"},
     "convert": FOUNDATION | {"model", "parallel", "precision", "optim", "checkpoint", "data"},
     "infer": FOUNDATION | {"model", "parallel", "precision", "checkpoint", "convert", "data"},
     "posttrain": TRAINING | {"train"},
     "data_pipeline": {"errors", "recipe", *TORCH_FREE_DATA},
-    "launch": {"errors", "recipe", "parallel", *TORCH_FREE_DATA, *TORCH_FREE_PLATFORM},
+    "launch": {"errors", "recipe", "parallel", "runstate", *TORCH_FREE_DATA, *TORCH_FREE_PLATFORM},
 }
 
 

@@ -43,6 +43,7 @@ CASES = [
     (["data.train.2.manifest=more"], "data.train.2 (more): has no effect, no stage's blend names it", "leave it out"),
     (["schedule.peak_lr=1e-3"], "schedule.peak_lr = 0.001: has no effect with [[stages]]", "leave it out"),
     (["stages.1.nam=x"], "stages.1.nam", "nearest known key is stages.1.name"),
+    (["run.last_stage=decai"], 'run.last_stage = "decai": is no stage', "nearest is decay"),
     (["data.validation.0.name=x"], "data.validation.0.name", "leave it out"),
 ]
 

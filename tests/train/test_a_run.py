@@ -97,7 +97,7 @@ def test_the_folder_has_recipe_environment_events_logs_and_checkpoints(unbroken:
     run = unbroken(EP2).run
     names = {path.name for path in run.iterdir()}
     files = {"recipe.toml", "environment.json", "ledger.json", "metrics.jsonl", "events.jsonl"}
-    assert names == {*files, "logs", "checkpoints"}
+    assert names == {*files, "logs", "launch", "checkpoints"}
     assert {path.name for path in (run / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
     resolved = load_recipe(str(run / "recipe.toml"))
     assert resolved.layout.expert_model_parallel_size == 2

@@ -82,6 +82,8 @@ class Metrics(Feature):
     def on_finish(self, loop: Loop) -> None:
         """Says how the attempt ended."""
         kind, message = ("finish", "all steps done") if loop.done else ("stop", "stopped as asked")
+        if loop.done and loop.last_step < loop.run.recipe.train.steps:
+            kind, message = "stop", f"stage {loop.run.recipe.run.last_stage} done, after which run.last_stage leaves"
         self.writer.event(kind, loop.run.progress.step, message)
 
     def on_error(self, run: Run, error: BaseException) -> None:

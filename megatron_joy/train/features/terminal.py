@@ -106,7 +106,9 @@ class Terminal(Feature):
         """Says how it ended and what can be done now."""
         self._remove_bar()
         step, folder = loop.run.progress.step, escape(str(loop.run.folder))
-        if loop.done:
+        if loop.done and loop.last_step < loop.run.recipe.train.steps:
+            self.console.print(f"[bold]{folder}[/bold]: left after step {step}, as run.last_stage asks")
+        elif loop.done:
             self.console.print(f"[bold]{folder}[/bold]: all {step} steps are done; `joy report {folder}` shows them")
         else:
             self.console.print(f"[bold]{folder}[/bold]: stopped after step {step}; the same command goes on")

@@ -1,0 +1,1 @@
+"""What ranks and their supervisor tell each other."""
