@@ -1,0 +1,36 @@
+"""`joy pretrain` with mishaps: `python -m tests.slurm.planted_rank pretrain ...`.
+
+JOY_PLANTED holds JSON: number of an attempt -> [rank, update, action]; the action is done just before the update.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from megatron_joy.cli.main import main
+from megatron_joy.runstate import FENCE_VARIABLE
+
+
+def time_is_up() -> None:
+    """What Slurm sends the batch script before the time is up."""
+    subprocess.run(["scancel", "--batch", "--signal=USR1", os.environ["SLURM_JOB_ID"]], check=True)
+    time.sleep(1.0)  # it arrives while this update is computed
+
+
+ACTIONS: dict[str, Callable[[], None]] = {
+    "time is up": time_is_up,
+}
+
+if __name__ == "__main__":
+    mishap = json.loads(os.environ["JOY_PLANTED"]).get(os.environ[FENCE_VARIABLE])
+    if mishap is not None:
+        from tests.train.minuscule import at_step
+
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        rank, step, action = mishap
+        at_step(step, ACTIONS[action], rank)
+        del os.environ["RANK"]
+    sys.exit(main())
