@@ -37,6 +37,12 @@ class Batch:
     cu_seqlens: Tensor
     max_seqlen: int
 
+    @property
+    def attended(self) -> int:
+        """Pairs of a token and a position that it attends to, itself included: the sum of n (n + 1) / 2 over pieces."""
+        lengths = self.cu_seqlens.long().diff()
+        return int((lengths * (lengths + 1)).sum()) // 2
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
         moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.type is Tensor}

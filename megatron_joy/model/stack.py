@@ -20,6 +20,7 @@ from megatron.core.transformer.multi_token_prediction import (
 )
 
 from megatron_joy.model.backends.blocks import Blocks
+from megatron_joy.model.balance import BalancedRouter
 
 
 def _attention(blocks: Blocks) -> ModuleSpec:
@@ -54,6 +55,7 @@ def _feed_forward(blocks: Blocks, parts: Mapping[str, Blocks]) -> tuple[ModuleSp
     linears = _linears(parts.get("dense_mlp", blocks))
     experts = MoESubmodules(
         experts=parts.get("routed_experts", blocks).grouped_experts,
+        router=BalancedRouter,
         shared_experts=partial(SharedExpertMLP, submodules=_linears(parts.get("shared_experts", blocks))),
     )
     dense = ModuleSpec(

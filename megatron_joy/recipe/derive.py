@@ -124,6 +124,12 @@ MOOT: tuple[Moot, ...] = (
         "there is no validation",
     ),
     Moot(
+        "train.acceptance_passes",
+        ("train.validation_interval", "model.num_nextn_predict_layers"),
+        lambda recipe: recipe.train.validation_interval == 0 or recipe.model.num_nextn_predict_layers == 0,
+        "drafts of the MTP layer are counted in validations",
+    ),
+    Moot(
         "data.validation",
         ("train.validation_interval",),
         lambda recipe: recipe.train.validation_interval == 0 and bool(recipe.data.validation),

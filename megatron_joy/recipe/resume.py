@@ -22,6 +22,7 @@ MAY_CHANGE: dict[str, bool] = {
     "model.backend": True,
     "model.router_bias_update_rate": True,
     "model.mtp_loss_factor": True,
+    "model.sequence_balance_factor": True,
     # Checkpoints are layout-free.
     "layout": True,
     # Optimizer state of another format would be read as if it were this one.

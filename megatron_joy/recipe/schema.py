@@ -49,6 +49,9 @@ class ModelSection(Section):
     router_bias_update_rate: NonNegativeFloat = Field(
         1e-3, description="gamma of the aux-loss-free balance: bias += gamma * sign(mean load - load) after each step."
     )
+    sequence_balance_factor: NonNegativeFloat = Field(
+        0.0, description="alpha of the sequence-wise balance loss (arXiv 2412.19437, eq. 17); 0: none."
+    )
     num_nextn_predict_layers: Literal[0, 1] = Field(1, description="Dense multi-token-prediction layers.")
     mtp_loss_factor: NonNegativeFloat = Field(0.1, description="Weight of the MTP loss beside the main loss.")
     rope_theta: PositiveFloat = Field(32_000_000.0, description="Base of the rotary position frequencies.")
@@ -215,6 +218,9 @@ class TrainSection(Section):
     micro_batch_size: PositiveInt = Field(1, description="Samples of one forward pass on one rank.")
     validation_interval: NonNegativeInt = Field(0, description="Steps between validations; 0: never.")
     validation_samples: PositiveInt = Field(64, description="Samples of one validation, always the same ones.")
+    acceptance_passes: NonNegativeInt = Field(
+        8, description="Passes of the model in which a validation counts what MTP drafts are accepted; 0: not counted."
+    )
     log_interval: PositiveInt = Field(1, description="Steps between lines on the terminal; metrics.jsonl has all.")
     threads: NonNegativeInt = Field(0, description="CPU threads of a rank; 0: the machine's cores over local ranks.")
     recompute: Literal["none", "selective", "full"] = Field(
@@ -313,6 +319,12 @@ class RunSection(Section):
     folder: str | None = Field(None, description="The run's folder; derived: runs/<name>.")
     expert_load_interval: PositiveInt = Field(
         1, description="Steps between rows of metrics.jsonl that have every expert's load (90 kB a row for 39 x 256)."
+    )
+    peak_tflops: PositiveFloat | None = Field(
+        None, description="Dense bf16 TFLOP/s of a device, for MFU; none: the table of GPUs, unknown elsewhere."
+    )
+    dead_expert_steps: NonNegativeInt = Field(
+        100, description="Steps in a row without a token after which an expert raises an alarm; 0: never."
     )
     tensorboard: bool = Field(True, description="Write TensorBoard events beside metrics.jsonl.")
     notify: NotifySection = Field(default_factory=NotifySection)

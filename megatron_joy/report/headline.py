@@ -69,8 +69,9 @@ def cards(summary: RunSummary) -> str:
         _card(
             "Throughput",
             _with_unit(text.count(s.tokens_per_second), "tokens/s"),
-            f"median of the last {RECENT_ROWS} steps",
+            f"median of the last {RECENT_ROWS} steps{_mfu_note(s)}",
         ),
+        *_memory_card(s),
         _card(
             "Time training",
             text.duration(s.active_seconds),
@@ -79,6 +80,18 @@ def cards(summary: RunSummary) -> str:
         _card("Restarts", text.whole(s.restarts), _restart_note(s)),
     ]
     return "".join(parts)
+
+
+def _mfu_note(summary: RunSummary) -> str:
+    return "" if summary.mfu is None else f", MFU {summary.mfu:.1%}"
+
+
+def _memory_card(summary: RunSummary) -> list[str]:
+    """Bytes on the rank that has most; nothing for a run that says nothing of memory."""
+    if not summary.memory:
+        return []
+    kinds = ", ".join(f"{kind} {text.size(size)}" for kind, size in summary.memory.items() if kind != "peak")
+    return [_card("Memory of a rank", text.size(summary.memory.get("peak")), f"at most; {kinds}")]
 
 
 def _tokens_note(summary: RunSummary) -> str:

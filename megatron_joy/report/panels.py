@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from megatron_joy.report import heat, text
 from megatron_joy.report.charts import ChartSpec, Line, Reference, static_svg
 from megatron_joy.report.histories import LoadHistory
+from megatron_joy.report.payload import STEP_PHASES
 from megatron_joy.report.png import palette_png
 from megatron_joy.report.runlog import RunLog
 from megatron_joy.report.summary import RunSummary, first_moe_layer
@@ -38,6 +39,20 @@ GRADIENT_CAPTION = (
 THROUGHPUT_CAPTION = (
     "Tokens trained per second by all processes together. <b>Good:</b> flat. Short dips are checkpoints or "
     "validations; a step down that stays is a slow machine."
+)
+ACCEPTANCE_CAPTION = (
+    "Share of the model's passes, writing on from validation texts, in which the MTP layer's first draft, its first "
+    "two, all three were what the model itself would have written. One plus their sum is the tokens that a pass gives "
+    "in speculative decoding. <b>Good:</b> they rise with training; a sudden fall is a broken MTP layer."
+)
+MFU_CAPTION = (
+    "Share of the devices' peak (dense bf16) that the model's own products took. <b>Good:</b> flat, and near what the "
+    "plan assumed. What sinks it stands in the chart of a step's time."
+)
+PHASES_CAPTION = (
+    "Seconds of a step on the first rank. <b>Data</b> is waiting for samples, <b>communication</b> is pipeline sends, "
+    "reduction of gradients, gathering of weights and waiting for slower ranks; what ranks exchange inside a layer is "
+    "part of forward and backward. <b>Good:</b> forward and backward are nearly all of it, data is nothing."
 )
 BALANCE_CAPTION = (
     "Load of a layer's busiest expert over the fair share. Every process waits for its busiest expert, so this is "
@@ -72,6 +87,7 @@ def chart_specs(run: RunLog, summary: RunSummary) -> list[ChartSpec]:
     gradients = run.metrics["grad_norm"]
     gradients = gradients[np.isfinite(gradients) & (gradients > 0)]
     spiky = len(gradients) > 0 and float(gradients.max()) > _SPIKY * float(np.median(gradients))
+    drafts = tuple(Line(f"mtp_acceptance_{n}", text.plural(n, "draft"), f"c{n}", points=True) for n in (1, 2, 3))
     specs = [
         ChartSpec("loss", "Loss", LOSS_CAPTION, "loss", lines, references, wide=True),
         ChartSpec("lr", "Learning rate", LR_CAPTION, "general", (Line("lr", "learning rate", "c1"),), zero=True),
@@ -91,6 +107,16 @@ def chart_specs(run: RunLog, summary: RunSummary) -> list[ChartSpec]:
             THROUGHPUT_CAPTION,
             "count",
             (Line("tokens_per_second", "tokens per second", "c1"),),
+            zero=True,
+        ),
+        ChartSpec("acceptance", "MTP drafts accepted", ACCEPTANCE_CAPTION, "general", drafts, zero=True),
+        ChartSpec("mfu", "MFU", MFU_CAPTION, "general", (Line("mfu", "MFU", "c1"),), zero=True),
+        ChartSpec(
+            "phases",
+            "Time of a step",
+            PHASES_CAPTION,
+            "general",
+            tuple(Line(f"{phase}_seconds", phase, f"c{i + 1}") for i, phase in enumerate(STEP_PHASES)),
             zero=True,
         ),
     ]

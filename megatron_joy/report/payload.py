@@ -18,8 +18,17 @@ from megatron_joy.report.summary import RunSummary, first_moe_layer
 ROWS = 4000
 EVENTS = 2000
 MAX_SOURCES = 7
-SCALARS = ("loss", "mtp_loss", "lr", "grad_norm", "tokens_per_second")
-VALIDATION = ("validation_loss", "validation_mtp_loss")
+STEP_PHASES = ("data", "forward", "backward", "communication", "optimizer")
+SCALARS = (
+    "loss",
+    "mtp_loss",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "mfu",
+    *(f"{phase}_seconds" for phase in STEP_PHASES),
+)
+VALIDATION = ("validation_loss", "validation_mtp_loss", *(f"mtp_acceptance_{drafts}" for drafts in (1, 2, 3)))
 Numbers = NDArray[np.float64]
 
 

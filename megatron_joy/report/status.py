@@ -18,6 +18,7 @@ from megatron_joy.report.errors import RankError, read_errors
 from megatron_joy.report.job import Job, job_of
 from megatron_joy.report.jsonl import tail_rows
 from megatron_joy.report.metrics import AttemptRows
+from megatron_joy.report.payload import STEP_PHASES
 from megatron_joy.report.runlog import (
     Checkpoint,
     read_checkpoints,
@@ -59,7 +60,9 @@ class RunStatus:
         stage, stage_last_step: the stage of the next update and its last update; None for a recipe without stages.
         stage_seconds_left: until then, as `seconds_left`.
         seconds_left: until the planned last step, at the pace of the newest rows; None unless it is running.
-        tokens_per_second, step_seconds: medians of the newest attempt's last ROWS rows.
+        tokens_per_second, step_seconds, mfu: medians of the newest attempt's last ROWS rows.
+        peak_bytes: memory on the rank that had most.
+        phases: share of the recent steps' time by phase, on the first rank.
         silent_seconds: since the run's last sign of life.
         checkpoint_step: the newest whole checkpoint on disk.
         attempts: the attempts; where one got to before a later one began is known from its events only, unless it is
@@ -85,6 +88,9 @@ class RunStatus:
     lr: float | None
     tokens_per_second: float | None
     step_seconds: float | None
+    mfu: float | None
+    peak_bytes: float | None
+    phases: dict[str, float]
     seconds_left: float | None
     silent_seconds: float | None
     checkpoint_step: int | None
@@ -150,6 +156,9 @@ def read_status(folder: str | Path, *, now: float) -> RunStatus:
         lr=_last(rows, "lr"),
         tokens_per_second=_median(rows, "tokens_per_second"),
         step_seconds=pace,
+        mfu=_median(rows, "mfu"),
+        peak_bytes=_newest(rows, "peak_bytes"),
+        phases=_phases(rows),
         seconds_left=(planned - step) * pace if planned and pace and running else None,
         silent_seconds=max(0.0, now - attempts[-1].end_time) if attempts else None,
         checkpoint_step=whole[-1].step if whole else None,
@@ -177,6 +186,16 @@ def _last(rows: list[dict[str, Any]], name: str) -> Any:
     return values[-1]
 
 
+def _newest(rows: list[dict[str, Any]], name: str) -> float | None:
+    return next((row[name] for row in reversed(rows) if row.get(name) is not None), None)
+
+
+def _phases(rows: list[dict[str, Any]]) -> dict[str, float]:
+    total = sum(row["step_seconds"] for row in rows if row.get("step_seconds"))
+    spent = {phase: sum(row.get(f"{phase}_seconds") or 0.0 for row in rows) for phase in STEP_PHASES}
+    return {phase: seconds / total for phase, seconds in spent.items()} if total and any(spent.values()) else {}
+
+
 def _median(rows: list[dict[str, Any]], name: str) -> float | None:
     values = [row[name] for row in rows if row.get(name) is not None]
     return float(np.median(values)) if values else None
@@ -192,6 +211,9 @@ def render_status(status: RunStatus) -> RenderableType:
         bar.add_row(ProgressBar(total=status.steps_planned, completed=status.step, width=60), share)
         parts.append(bar)
     parts += ["", _numbers(status)]
+    if status.phases:
+        shares = "  ".join(f"{phase} {share:.0%}" for phase, share in status.phases.items())
+        parts.append(f"[dim]a step's time[/]  {shares}")
     if status.errors:
         parts += ["", render_errors(status.errors)]
     parts += ["", _attempts(status.attempts), "", _events(status.events)]
@@ -212,6 +234,7 @@ def _numbers(s: RunStatus) -> Table:
         ("time left", text.duration(s.seconds_left), "last sign of life", f"{text.duration(s.silent_seconds)} ago"),
         ("checkpoint", saved, "a step takes", text.duration(s.step_seconds)),
         ("restarts", f"{s.restarts}", "slowest rank", escape(s.slowest_rank or "not known")),
+        ("memory of a rank", text.size(s.peak_bytes), "MFU", _percent(s.mfu)),
     )
     if s.stage is not None and s.stage_last_step is not None:
         left = f", in {text.duration(s.stage_seconds_left)}" if s.stage_seconds_left is not None else ""
@@ -239,6 +262,10 @@ def render_errors(errors: Sequence[RankError], details: bool = False) -> Rendera
     if len(shown) < len(others):
         parts.append(f"[dim]and {len(others) - len(shown)} ranks more; `joy status RUN --errors` shows all[/]")
     return Group(*parts)
+
+
+def _percent(share: float | None) -> str:
+    return text.MISSING if share is None else f"{share:.1%}"
 
 
 def _attempts(attempts: list[Attempt]) -> Table:

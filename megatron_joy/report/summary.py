@@ -14,6 +14,7 @@ from megatron_joy.report.runlog import RunLog
 
 RECENT_ROWS = 100
 """Rows that "recent" means for the throughput."""
+MEMORY = ("parameters", "gradients", "optimizer", "peak")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,8 @@ class RunSummary:
     Attributes:
         steps_done: completed steps of the newest attempt; `steps_planned` is the recipe's.
         best_validation_loss: the lowest of the run, at `best_validation_step`.
-        tokens_per_second: median of the last RECENT_ROWS rows.
+        tokens_per_second, mfu: medians of the last RECENT_ROWS rows.
+        memory: bytes by kind on the rank that has most, of the newest row that says.
         active_seconds: sum of the attempts' lengths; `elapsed_seconds` runs from first start to last sign of life.
         kills: attempts that ended without a word; `lost_steps` were run more than once because of resumes.
         nonfinite_steps: steps whose loss was not a number.
@@ -44,6 +46,8 @@ class RunSummary:
     best_validation_step: int | None
     unigram_entropy: float | None
     tokens_per_second: float | None
+    mfu: float | None
+    memory: dict[str, int]
     active_seconds: float | None
     elapsed_seconds: float | None
     started: float | None
@@ -82,6 +86,11 @@ def best_value(metrics: Metrics, name: str) -> tuple[float, int] | None:
     return float(values[place]), int(metrics.step[place])
 
 
+def _recent(metrics: Metrics, name: str) -> float | None:
+    values = metrics[name][-RECENT_ROWS:]
+    return float(np.nanmedian(values)) if np.isfinite(values).any() else None
+
+
 def first_moe_layer(recipe: dict[str, Any]) -> int:
     """The model's layer (0 = first) that row 0 of the expert load belongs to."""
     model = recipe.get("model")
@@ -101,7 +110,6 @@ def summarize(run: RunLog) -> RunSummary:
     validation, best = last_value(metrics, "validation_loss"), best_value(metrics, "validation_loss")
     train, mtp = last_value(metrics, "loss"), last_value(metrics, "mtp_loss")
     tokens = last_value(metrics, "tokens")
-    speed = metrics["tokens_per_second"][-RECENT_ROWS:]
     offset = first_moe_layer(run.recipe)
     last = attempts[-1] if attempts else None
     model = run.recipe.get("model")
@@ -121,7 +129,9 @@ def summarize(run: RunLog) -> RunSummary:
         best_validation_loss=best[0] if best else None,
         best_validation_step=best[1] if best else None,
         unigram_entropy=unigram_entropy(run.recipe, run.folder),
-        tokens_per_second=float(np.nanmedian(speed)) if np.isfinite(speed).any() else None,
+        tokens_per_second=_recent(metrics, "tokens_per_second"),
+        mfu=_recent(metrics, "mfu"),
+        memory={kind: int(found[0]) for kind in MEMORY if (found := last_value(metrics, f"{kind}_bytes"))},
         active_seconds=_finite(sum(lengths)) if lengths else None,
         elapsed_seconds=max(times) - min(times) if times else None,
         started=min(times) if times else None,

@@ -50,7 +50,7 @@ class Loop:
     def tell(self, moment: str, *arguments: Any, **more: Any) -> None:
         """Calls a moment of every feature, in order."""
         for feature in self.features:
-            getattr(feature, moment)(self, *arguments, **more)
+            self.trainer.phases.call(feature.phase, getattr(feature, moment), self, *arguments, **more)
 
 
 def train(loop: Loop, batches: Iterator[Sequence[Batch]]) -> None:

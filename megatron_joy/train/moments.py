@@ -16,9 +16,13 @@ logger = logging.getLogger(__name__)
 
 
 class Feature:
-    """Does nothing at every moment. All ranks reach the same moments in the same order, but for two: `on_error`, and
-    `on_note`, which any rank may come to alone. Neither may issue a collective.
+    """Does nothing at every moment. All ranks reach the same moments in the same order, but for three: `on_error`,
+    `on_note` and `on_alarm`, which any rank may come to alone. None of them may issue a collective.
+
+    `phase`: where the time that a feature takes is counted (see `train.phases`); None: nowhere.
     """
+
+    phase: str | None = None
 
     def on_start(self, loop: "Loop") -> None:
         """Once, when weights and progress are in place."""
@@ -52,6 +56,9 @@ class Feature:
 
     def on_note(self, loop: "Loop", message: str) -> None:
         """Something happened that the run's record should have, in a line."""
+
+    def on_alarm(self, loop: "Loop", message: str) -> None:
+        """As `on_note`, but somebody should look."""
 
     def on_finish(self, loop: "Loop") -> None:
         """The loop ended as planned: all steps done, or a stop was asked for."""

@@ -23,6 +23,7 @@ from megatron_joy.recipe.schema import Recipe
 from megatron_joy.recipe.timetable import Timetable
 from megatron_joy.report.notify import check as check_notify
 from megatron_joy.train.features.checkpointing import Checkpointing
+from megatron_joy.train.features.experts import DeadExperts
 from megatron_joy.train.features.guard import Guard
 from megatron_joy.train.features.liveness import Liveness
 from megatron_joy.train.features.metrics import Metrics
@@ -35,10 +36,12 @@ from megatron_joy.train.features.statistics import Statistics
 from megatron_joy.train.features.stopwatch import Stopwatch
 from megatron_joy.train.features.stragglers import Stragglers
 from megatron_joy.train.features.terminal import Terminal
+from megatron_joy.train.features.usage import Usage, peak_flops
 from megatron_joy.train.features.validation import Validation
 from megatron_joy.train.logs import RankLog
 from megatron_joy.train.loop import Loop, train
 from megatron_joy.train.moments import Feature
+from megatron_joy.train.phases import DATA
 from megatron_joy.train.resume import Past, look_back
 from megatron_joy.train.run import Run, open_run, recorded
 from megatron_joy.train.step import Trainer
@@ -66,7 +69,7 @@ def pretrain(recipe: Recipe, stop: StopRequest | None = None) -> bool:
         guard = Guard(Rollback(train_stream, supply))
         features = _features(run, train_stream, validation_stream, stop or StopRequest(), past, guard)
         loop = Loop(run, trainer, features, past.notes)
-        train(loop, supply)
+        train(loop, trainer.phases.timed(supply, DATA))
     # Not after an error: ranks that are gone can't take leave.
     processes.stop()
     return loop.done
@@ -150,11 +153,14 @@ def _features(
     features.append(StopOnSignal(stop))
     if validation_stream is not None and recipe.train.validation_interval:
         batches = _validation_batches(recipe, run.process, validation_stream)
-        features.append(Validation(batches, recipe.train.validation_interval))
+        features.append(Validation(batches, recipe.train.validation_interval, recipe.train.acceptance_passes))
     if recipe.run.notify.wanted:
         features.append(Notify(recipe.run.notify))
+    features.append(Usage(recipe, peak_flops(recipe, run.process.device)))
     if run.process.is_first_rank:
         features += [Metrics(run, train_stream, past.name), Terminal(past.name)]
+        if recipe.run.dead_expert_steps:
+            features.append(DeadExperts(recipe.run.dead_expert_steps, recipe.model.first_k_dense_replace))
     if guards.recheck_interval:
         features.append(Recheck(guards.recheck_interval))
     if guards.statistics_interval:

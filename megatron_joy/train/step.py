@@ -13,14 +13,16 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_joy.data.batch import Batch
+from megatron_joy.model.balance import balanced
 from megatron_joy.model.rope import set_rotary_base
-from megatron_joy.optim.build import build_optimizer, set_learning_rate, set_weight_decay
+from megatron_joy.optim.build import build_optimizer, parts, set_learning_rate, set_weight_decay
 from megatron_joy.optim.layout import buffer_layout
 from megatron_joy.optim.update import gradient_norm, make_update
 from megatron_joy.platform.process import Process
 from megatron_joy.recipe.schema import Recipe
 from megatron_joy.recipe.timetable import Stage, Timetable
 from megatron_joy.train.forward import MicroBatch, forward_step
+from megatron_joy.train.phases import COMMUNICATION, OPTIMIZER, Phases, Timers
 from megatron_joy.train.router_load import RouterLoad
 
 
@@ -30,9 +32,11 @@ class StepResult:
 
     loss: float
     mtp_loss: float | None
+    balance_loss: float | None  # the sequence-wise one, its factor included
     grad_norm: float
     learning_rate: float
     loss_tokens: int
+    keys_per_token: float  # positions that a token attends to, on average
     expert_load: Tensor | None
     made: bool = True  # whether weights were updated
 
@@ -51,6 +55,7 @@ class Losses:
     main: float
     mtp: float | None
     tokens: int
+    keys_per_token: float
     sums: tuple[float, ...] = ()
 
 
@@ -73,6 +78,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, process: Process, chunks: Sequence[Any]) -> None:
         self.recipe, self.process, self.timetable = recipe, process, Timetable(recipe)
+        self.phases = Phases(process.device)
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=True, grad_reduce_in_fp32=True, average_in_collective=False
         )
@@ -82,7 +88,12 @@ class Trainer:
         self.router_load = RouterLoad(chunks, process)
         config.finalize_model_grads_func = self._finalize
         config.grad_scale_func = self.optimizer.scale_loss
+        timers = Timers(self.phases)
+        config.timers = timers
+        for optimizer in (self.optimizer, *parts(self.optimizer)):
+            optimizer.config.timers = timers
         config.no_sync_func = [c.no_sync for c in self.chunks] if len(self.chunks) > 1 else self.chunks[0].no_sync
+        self.balance = balanced(chunks, recipe.model.sequence_balance_factor, process.groups)
         self.schedule = get_forward_backward_func()
         self.models = chunks
         self.tell: Callable[..., None] = _nobody  # the loop's: moments within a step
@@ -128,18 +139,22 @@ class Trainer:
         self.tell("before_forward", batches)
         self._clear()
         losses = self._run(batches, forward_only=False)
-        grad_norm = gradient_norm(self.optimizer)
+        with self.phases(OPTIMIZER):
+            grad_norm = gradient_norm(self.optimizer)
         self.tell("after_backward", Computed(number, batches, losses, grad_norm))
         if self.refused is None:
-            make_update(self.optimizer, grad_norm)
+            with self.phases(OPTIMIZER):
+                make_update(self.optimizer, grad_norm)
         else:
             self.router_load.put_back(biases)
         return StepResult(
             loss=losses.main,
             mtp_loss=losses.mtp,
+            balance_loss=self._balance_loss(batches),
             grad_norm=grad_norm,
             learning_rate=rate,
             loss_tokens=losses.tokens,
+            keys_per_token=losses.keys_per_token,
             expert_load=self.router_load.gather(),
             made=self.refused is None,
         )
@@ -184,12 +199,16 @@ class Trainer:
                 chunk.train()
 
     def _run(self, batches: Sequence[Batch], forward_only: bool) -> Losses:
-        main_tokens, mtp_tokens = self._global_counts(batches)
+        with self.phases(COMMUNICATION):
+            main_tokens, mtp_tokens, attended = self._global_counts(batches)
         weight = main_tokens / max(mtp_tokens, 1)
         rows = [MicroBatch(batch, weight) for batch in batches]
         several = len(self.chunks) > 1
         packed = self.process.groups.cp.size() == 1
         size, row = batches[0].tokens.shape
+        samples = size * len(rows) * self.process.groups.dp.size()
+        if self.balance is not None:
+            self.balance.begin(size, row, main_tokens / samples, self.process.device)
         reports = self.schedule(
             forward_step_func=partial(forward_step, self.process, self._with_mtp),
             data_iterator=[iter(rows) for _ in self.chunks] if several else iter(rows),
@@ -199,23 +218,38 @@ class Trainer:
             micro_batch_size=1 if packed else size,
             forward_only=forward_only,
         )
-        main, mtp = self._reduce(reports)
+        with self.phases(COMMUNICATION):
+            main, mtp = self._reduce(reports)
         return Losses(
             main=main / max(main_tokens, 1),
             mtp=mtp / max(mtp_tokens, 1) if self._with_mtp else None,
             tokens=main_tokens,
+            keys_per_token=attended / (samples * row),
             sums=tuple(torch.stack([report["main"] for report in reports]).tolist()) if reports else (),
         )
 
-    def _global_counts(self, batches: Sequence[Batch]) -> tuple[int, int]:
-        """Main and MTP targets of the step over all data-parallel ranks; known before anything is computed."""
+    def _balance_loss(self, batches: Sequence[Batch]) -> float | None:
+        """Mean over the step's rows of what the routers' balance loss added up to; None where there is none."""
+        if self.balance is None:
+            return None
+        total = torch.as_tensor(self.balance.total, dtype=torch.float64, device=self.process.device)
+        dist.all_reduce(total)  # every rank has tokens or layers of its own
+        return float(total) / (len(batches[0].tokens) * len(batches) * self.process.groups.dp.size())
+
+    def _global_counts(self, batches: Sequence[Batch]) -> tuple[int, int, int]:
+        """Main targets, MTP targets, attended positions of the step over all data-parallel ranks, known before it."""
         counts = torch.tensor(
-            [int(sum(b.loss_mask.sum() for b in batches)), int(sum(b.mtp_loss_mask.sum() for b in batches))],
+            [
+                int(sum(b.loss_mask.sum() for b in batches)),
+                int(sum(b.mtp_loss_mask.sum() for b in batches)),
+                sum(b.attended for b in batches),
+            ],
             dtype=torch.int64,
             device=self.process.device,
         )
         dist.all_reduce(counts, group=self.process.groups.dp)
-        return int(counts[0]), int(counts[1])
+        main, mtp, attended = counts.tolist()
+        return main, mtp, attended
 
     def _reduce(self, reports: Sequence[dict[str, Tensor]]) -> tuple[float, float]:
         """Sums of losses over micro-batches, data- and context-parallel ranks; handed from the last stage to all."""

@@ -232,3 +232,13 @@ def test_a_wrong_shape_is_refused_before_a_thread_starts(stream: SampleStream) -
     with pytest.raises(ValueError, match="global batch of 9"):
         BatchLoader(stream, dealt(BatchShape(9, 2, 1), 0), True)
     assert threading.active_count() == before
+
+
+def test_attended_positions_are_the_ones_in_the_mask() -> None:
+    ids = torch.tensor([[5, 0, 5, 5, 5, 0, 5, 5], [0, 5, 5, 5, 5, 5, 5, 0]])
+    samples = samples_of([[*row, 5] for row in ids.tolist()])
+    for masked in (True, False):
+        batch = make_batch(samples, masked, 0)
+        document = torch.bucketize(torch.arange(16), batch.cu_seqlens[1:].long(), right=True)
+        pairs = (document[:, None] == document[None]) & torch.ones(16, 16).tril().bool()
+        assert batch.attended == int(pairs.sum())

@@ -154,6 +154,22 @@ class Generator:
             "step_seconds": seconds,
             "tokens_per_second": plan.tokens_per_step / seconds,
             "loss_tokens": plan.tokens_per_step - 20,
+            "balance_loss": 1e-4,
+            "worst_violation": 0.5,
+            "tokens_per_second_per_device": plan.tokens_per_step / seconds / 4,
+            "model_flops_per_token": 1.5e6,
+            "mfu": plan.tokens_per_step / seconds / 4 * 1.5e6 / 2e10,
+            "data_seconds": 0.01 * seconds,
+            "forward_seconds": 0.3 * seconds,
+            "backward_seconds": 0.5 * seconds,
+            "communication_seconds": 0.1 * seconds,
+            "optimizer_seconds": 0.05 * seconds,
+            "validation_seconds": 0.0,
+            "checkpoint_seconds": 0.4 if saving else 0.0,
+            "parameters_bytes": 2_000_000,
+            "gradients_bytes": 4_000_000,
+            "optimizer_bytes": 8_000_000,
+            "peak_bytes": 900_000_000 + 1000 * step,
         }
         if plan.with_load:
             row["expert_load"] = self.load(step).tolist()
@@ -161,6 +177,9 @@ class Generator:
         row["sources"] = dict(zip(names, random.multinomial(16, weights / weights.sum()).tolist(), strict=True))
         if plan.validation_interval and step % plan.validation_interval == 0:
             row |= {"validation_loss": float(floor + 0.06), "validation_mtp_loss": float(floor + 0.63)}
+            row |= {f"mtp_acceptance_{n}": share**n for n in (1, 2, 3)}
+            row |= {"mtp_acceptance_length": 1 + share + share**2 + share**3}
+            row |= {"mtp_acceptance_ratio": (share + share**2 + share**3) / 3}
         return row
 
     def event(self, kind: str, step: int, attempt: int, message: str, **extra: Any) -> dict[str, Any]:

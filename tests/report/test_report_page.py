@@ -69,7 +69,7 @@ def test_the_curves_carry_the_runs_own_numbers(demo: tuple[Page, Any]) -> None:
     page, truth = demo
     rows = page.data["axes"]["rows"]
     assert rows["step"] == sorted(truth.rows)
-    for name in ("loss", "mtp_loss", "lr", "grad_norm", "tokens_per_second"):
+    for name in ("loss", "mtp_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "backward_seconds"):
         expected = [truth.rows[step][name] for step in rows["step"]]
         assert page.data["series"][name]["mean"] == [None if math.isnan(v) else v for v in expected]
     assert rows["tokens"] == [truth.rows[step]["tokens"] for step in rows["step"]]
@@ -96,7 +96,20 @@ def test_every_panel_of_the_report_is_there(demo: tuple[Page, Any]) -> None:
     page, _ = demo
     ids = {attributes.get("id") for attributes in page.attributes("section")}
     assert ids == {
-        *("loss", "timeline", "lr", "grad_norm", "throughput", "composition", "experts", "balance", "experts-history"),
+        *(
+            "loss",
+            "timeline",
+            "lr",
+            "grad_norm",
+            "throughput",
+            "mfu",
+            "phases",
+            "acceptance",
+            "composition",
+            "experts",
+            "balance",
+            "experts-history",
+        ),
         *("attempts", "events", "checkpoints", "numbers", "reproduce", "recipe", "environment"),
     }
 

@@ -21,6 +21,10 @@ def test_a_running_runs_status_has_its_newest_numbers_and_the_time_left(tmp_path
     assert status.validation_loss == truth.rows[200]["validation_loss"]
     recent = sorted(truth.rows[step]["step_seconds"] for step in range(131, 231))
     assert status.step_seconds == pytest.approx((recent[49] + recent[50]) / 2)
+    shares = {"data": 0.01, "forward": 0.3, "backward": 0.5, "communication": 0.1, "optimizer": 0.05}
+    assert status.phases == pytest.approx(shares)
+    assert status.peak_bytes == last["peak_bytes"]
+    assert status.mfu == pytest.approx(1024 * 1.5e6 / 2e10 / status.step_seconds, rel=0.05)
     assert status.seconds_left == pytest.approx(70 * (recent[49] + recent[50]) / 2)
     assert status.checkpoint_step == 200
     assert status.silent_seconds == pytest.approx(5)
@@ -64,7 +68,15 @@ def test_status_is_printed_for_people_and_as_json(tmp_path: Path, capsys: pytest
     truth = write_run(tmp_path / "run", Plan(steps=100, planned=100, name="a[b]", kills=((60, 50),)))
     assert main(["status", str(tmp_path / "run")]) == 0
     text = capsys.readouterr().out
-    for part in ("finished", "100 of 100", f"{truth.rows[100]['loss']:.4f}", "killed", "step 100 (1 kB)", "PP2 EP2"):
+    for part in (
+        "finished",
+        "100 of 100",
+        f"{truth.rows[100]['loss']:.4f}",
+        "killed",
+        "step 100 (1 kB)",
+        "PP2 EP2",
+        "backward 50%",
+    ):
         assert part in text
     assert main(["status", str(tmp_path / "run"), "--json"]) == 0
     value = json.loads(capsys.readouterr().out)

@@ -24,6 +24,7 @@ from tests.train.minuscule import (
     train,
 )
 
+PHASES = ("data", "forward", "backward", "communication", "optimizer", "validation", "checkpoint")
 KEYS = {
     "step",
     "attempt",
@@ -42,6 +43,13 @@ KEYS = {
     "stage",
     "sequence_length",
     "global_batch_size",
+    "tokens_per_second_per_device",
+    "model_flops_per_token",
+    "mfu",
+    "max_violation",
+    "worst_violation",
+    *(f"{phase}_seconds" for phase in PHASES),
+    *(f"{kind}_bytes" for kind in ("parameters", "gradients", "optimizer", "peak")),
 }
 
 
@@ -61,6 +69,22 @@ def test_every_step_has_a_row_with_all_keys(unbroken: Unbroken, layout: tuple[st
         for layer in row["expert_load"]:
             assert sum(layer) == pytest.approx(1, abs=1e-5)
             assert min(layer) >= 0
+        above = [max(layer) * EXPERTS - 1 for layer in row["expert_load"]]
+        assert row["max_violation"] == pytest.approx(above, abs=1e-4)
+        assert row["worst_violation"] == pytest.approx(max(above), abs=1e-4)
+
+
+@pytest.mark.parametrize("layout", [ONE, EP2, PP2], ids=["one", "ep2", "pp2"])
+def test_the_phases_fill_a_step(unbroken: Unbroken, layout: tuple[str, ...]) -> None:
+    rows = unbroken(layout).rows
+    for row in rows:
+        inside = sum(row[f"{phase}_seconds"] for phase in PHASES[:5])
+        assert 0.5 * row["step_seconds"] < inside < 1.1 * row["step_seconds"] + 0.01
+        assert min(row["forward_seconds"], row["backward_seconds"], row["optimizer_seconds"]) > 0
+        assert row["validation_seconds"] == 0
+    # A save comes after its step's row, so its time is in the next one.
+    spent = [row["checkpoint_seconds"] for row in rows]
+    assert min(spent[3], spent[6]) > max(spent[1], spent[2])
 
 
 def test_the_loss_falls(unbroken: Unbroken) -> None:

@@ -22,6 +22,7 @@ class FakeTrainer:
     """Steps without a model."""
 
     timetable: Any
+    phases: Any
 
     def step(self, number: int, batches: Sequence[Any]) -> Any:
         """The number and what was computed on."""
@@ -33,13 +34,14 @@ def make_loop(features: Sequence[Any], steps: int = 2, notes: Sequence[str] = ()
     from megatron_joy.recipe import Recipe
     from megatron_joy.recipe.timetable import Timetable
     from megatron_joy.train.loop import Loop
+    from megatron_joy.train.phases import Phases
     from megatron_joy.train.run import Progress, Run
     from tests.data.tiny_shards import recipe_table
 
     table = recipe_table([], 4, steps=steps, global_batch_size=2, micro_batch_size=1)
     recipe = Recipe.model_validate(table | {"stages": list(stages)})
     run = Run(recipe, None, Path("nowhere"), 0, Progress())  # type: ignore[arg-type]
-    return Loop(run, FakeTrainer(Timetable(recipe)), features, notes)  # type: ignore[arg-type]
+    return Loop(run, FakeTrainer(Timetable(recipe), Phases()), features, notes)  # type: ignore[arg-type]
 
 
 def numbered() -> Iterator[list[Any]]:

@@ -12,6 +12,7 @@ from megatron_joy.recipe.ledger import as_json
 from megatron_joy.recipe.schema import CheckpointSection
 from megatron_joy.train.loop import Loop
 from megatron_joy.train.moments import Feature
+from megatron_joy.train.phases import CHECKPOINT
 from megatron_joy.train.run import Run
 from megatron_joy.train.step import StepResult
 
@@ -23,6 +24,8 @@ def policy_of(section: CheckpointSection) -> Policy:
 
 class Checkpointing(Feature):
     """Every `checkpoint.interval` steps, at the end and before a stop. Comes last: the metrics are on disk already."""
+
+    phase = CHECKPOINT
 
     def __init__(self, run: Run, sources: Mapping[str, str]) -> None:
         self.section, self.sources = run.recipe.checkpoint, dict(sources)

@@ -59,7 +59,18 @@ class Metrics(Feature):
         }
         if loop.trainer.refused is not None:
             loop.row["refused"] = loop.trainer.refused
+        if result.balance_loss is not None:
+            loop.row["balance_loss"] = result.balance_loss
+        loop.row |= self._violation(result)
         self.writer.metrics(loop.row)
+
+    @staticmethod
+    def _violation(result: StepResult) -> dict[str, Any]:
+        """MaxVio (arXiv 2408.15664): by layer, how far the busiest expert of the step's batch was above the mean."""
+        if result.expert_load is None:
+            return {}
+        above = result.expert_load.amax(-1) * result.expert_load.shape[1] - 1  # [MoE layers]
+        return {"max_violation": [round(value, 4) for value in above.tolist()], "worst_violation": float(above.max())}
 
     def _expert_load(self, loop: Loop, result: StepResult) -> list[list[float]] | None:
         """Large for many experts, so it is kept every so often only."""
@@ -78,6 +89,10 @@ class Metrics(Feature):
     def on_note(self, loop: Loop, message: str) -> None:
         """Notes it."""
         self.writer.event("note", loop.run.progress.step, message)
+
+    def on_alarm(self, loop: Loop, message: str) -> None:
+        """Notes it as what it is."""
+        self.writer.event("alarm", loop.run.progress.step, message)
 
     def on_finish(self, loop: Loop) -> None:
         """Says how the attempt ended."""

@@ -32,6 +32,10 @@ class Notify(Feature):
         if loop.run.process.is_first_rank:
             self._send(loop.run, "alarm", f"{kind}: {message}")
 
+    def on_alarm(self, loop: Loop, message: str) -> None:
+        """Whoever raised it, on whichever rank."""
+        self._send(loop.run, "alarm", message)
+
     def after_step(self, loop: Loop, result: StepResult) -> None:
         """Notes messages that could not be delivered."""
         for problem in self.notifier.problems():

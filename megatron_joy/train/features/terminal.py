@@ -102,6 +102,10 @@ class Terminal(Feature):
         """Says it."""
         self.console.print(f"[yellow]note[/yellow]: {escape(message)}")
 
+    def on_alarm(self, loop: Loop, message: str) -> None:
+        """Says it louder."""
+        self.console.print(f"[red]alarm[/red]: {escape(message)}")
+
     def on_finish(self, loop: Loop) -> None:
         """Says how it ended and what can be done now."""
         self._remove_bar()

@@ -3,19 +3,23 @@
 from collections.abc import Sequence
 
 from megatron_joy.data.batch import Batch
+from megatron_joy.train.acceptance import measure_acceptance
 from megatron_joy.train.loop import Loop
 from megatron_joy.train.moments import Feature
+from megatron_joy.train.phases import VALIDATION
 from megatron_joy.train.step import StepResult
 
 
 class Validation(Feature):
     """Holds this rank's micro-batches in memory: they never change."""
 
-    def __init__(self, batches: Sequence[Batch], interval: int) -> None:
-        self.batches, self.interval = batches, interval
+    phase = VALIDATION
+
+    def __init__(self, batches: Sequence[Batch], interval: int, acceptance_passes: int) -> None:
+        self.batches, self.interval, self.passes = batches, interval, acceptance_passes
 
     def after_step(self, loop: Loop, result: StepResult) -> None:
-        """Adds validation_loss and validation_mtp_loss to the row of the steps that have them."""
+        """Adds validation losses and how MTP drafts fare to the row of the steps that have them."""
         progress = loop.run.progress
         if not (result.finite and result.made) or (progress.step % self.interval and not loop.done):
             return
@@ -25,3 +29,5 @@ class Validation(Feature):
         loop.row["validation_loss"] = losses.main
         if losses.mtp is not None:
             loop.row["validation_mtp_loss"] = losses.mtp
+            if self.passes and (acceptance := measure_acceptance(loop.trainer, self.batches, self.passes)):
+                loop.row |= acceptance.as_row()

@@ -1,0 +1,125 @@
+"""Drafts counted in training are those of speculative decoding with the exported weights, in every layout."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_joy.infer.generate import Limits
+from megatron_joy.infer.speculative import Acceptance as Decoded
+from megatron_joy.infer.speculative import generate_speculatively
+from megatron_joy.infer.weights import build_decoder, open_weights
+from tests.convert.worlds import LENGTH, make_recipe
+from tests.gloo import run_world
+from tests.infer.training import pattern, train_on_a_pattern
+
+PASSES, ROWS, SEED = 4, 4, 4242
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "EP2": {"expert_model_parallel_size": 2, "data_parallel_size": 2},
+    "TP2": {"tensor_model_parallel_size": 2},
+    "CP2": {"context_parallel_size": 2},
+    "PP2": {"pipeline_model_parallel_size": 2},
+}
+
+
+def _batches(documents: bool) -> Any:
+    """Two micro-batches of two rows; with `documents` a border in the first half of each."""
+    from megatron_joy.data.batch import make_batch
+    from megatron_joy.data.stream import Sample
+
+    rows = pattern(ROWS, LENGTH + 1, SEED)
+    if documents:
+        rows[:, 5] = 0
+    samples = [Sample(row, "pattern", 0, 0, 0, 0) for row in rows]
+    return [make_batch(samples[i : i + 2], True, 0) for i in (0, 2)]
+
+
+def _measured(checkpoints: Path, layout: dict[str, Any], drafts: int = 3, broken: bool = False) -> tuple[Any, Any]:
+    """Acceptance over both micro-batches with the trained weights, one on each replica or both on the only one."""
+    from megatron_joy.checkpoint.load import choose, load_checkpoint
+    from megatron_joy.model.build import build_model
+    from megatron_joy.platform import process as platform
+    from megatron_joy.recipe.schema import LayoutSection
+    from megatron_joy.train.acceptance import measure_acceptance
+    from megatron_joy.train.step import Trainer
+
+    recipe = make_recipe()
+    counts = [recipe.model.num_hidden_layers // 2] * 2 if "pipeline_model_parallel_size" in layout else None
+    recipe = recipe.model_copy(update={"layout": LayoutSection(**layout, pipeline_layer_counts=counts)})
+    process = platform.start(recipe.layout, recipe.seed)
+    chunks = build_model(recipe, process)
+    trainer = Trainer(recipe, process, chunks)
+    checkpoint = choose(checkpoints, process).checkpoint
+    assert checkpoint is not None
+    load_checkpoint(checkpoint, chunks=chunks, optimizer=None, process=process)
+    if broken:  # the halves for embedding and hidden state change places, as a wrong concatenation would have it
+        weight = chunks[0].mtp.layers[0].eh_proj.weight
+        weight.data = torch.cat(weight.data.chunk(2, dim=1)[::-1], dim=1)
+    batches, found = _batches(documents=not broken), []
+    for batch in batches if process.groups.dp.size() == 1 else [batches[process.groups.dp.rank()]]:
+        found.append(measure_acceptance(trainer, [batch], PASSES, drafts))
+    return sum(one.passes for one in found), [
+        sum(column) for column in zip(*(one.accepted for one in found), strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    run_world(train_on_a_pattern, 1, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def decoded(checkpoints: Path) -> dict[int, tuple[int, list[int]]]:
+    """By number of drafts: passes of speculative decoding, and how many accepted so many drafts at least."""
+    with open_weights(checkpoints / "step_00000060") as weights:
+        decoder = build_decoder(weights, "fp32")
+    rows = pattern(ROWS, LENGTH + 1, SEED)[:, 6 : LENGTH // 2]  # behind the border
+    found = {}
+    for drafts in (1, 3):
+        accepted = [0] * drafts
+        for row in rows.tolist():
+            told = Decoded()
+            before = 0
+            for _ in generate_speculatively(decoder, row, Limits(PASSES * (drafts + 1) + 1), drafts, told):
+                if told.tokens > before:  # a pass has ended: all its tokens but one were drafts
+                    for place in range(told.tokens - before - 1):
+                        accepted[place] += 1
+                    before = told.tokens
+                if told.passes == PASSES:
+                    break
+        found[drafts] = (PASSES * ROWS, accepted)
+    return found
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_one_process_counts_what_speculative_decoding_does(
+    drafts: int, checkpoints: Path, decoded: dict[int, tuple[int, list[int]]]
+) -> None:
+    assert run_world(_measured, 1, checkpoints, {}, drafts)[0] == decoded[drafts]
+    passes, accepted = decoded[drafts]
+    assert 0.3 * passes < accepted[0] < passes  # neither all nor none: a count that could be wrong
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_counts_the_same(name: str, checkpoints: Path, decoded: dict[int, tuple[int, list[int]]]) -> None:
+    assert run_world(_measured, 2, checkpoints, LAYOUTS[name]) == [decoded[3]] * 2
+
+
+def test_a_broken_head_is_seen(checkpoints: Path) -> None:
+    whole = run_world(_measured, 1, checkpoints, {})[0]
+    broken = run_world(_measured, 1, checkpoints, {}, 3, True)[0]
+    assert broken[0] == whole[0]
+    assert sum(broken[1]) < 0.5 * sum(whole[1])
+
+
+def test_length_and_ratio_are_the_papers() -> None:
+    """Length counts the pass's own token, ratio is accepted over drafted: 2.20 and 40 % fit (2.20 - 1) / 3."""
+    from megatron_joy.train.acceptance import Acceptance
+
+    found = Acceptance(passes=100, accepted=(60, 40, 20))
+    assert found.length == pytest.approx(2.2)
+    assert found.ratio == pytest.approx(0.4)
+    assert found.as_row()["mtp_acceptance_1"] == 0.6
