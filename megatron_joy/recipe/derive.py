@@ -124,6 +124,18 @@ MOOT: tuple[Moot, ...] = (
         "there is no validation",
     ),
     Moot(
+        "run.wandb_mode",
+        ("run.wandb_project",),
+        lambda recipe: recipe.run.wandb_project is None,
+        "nothing is sent to Weights & Biases",
+    ),
+    Moot(
+        "run.profile_ranks",
+        ("run.profile_steps",),
+        lambda recipe: recipe.run.profile_steps is None,
+        "no step is profiled",
+    ),
+    Moot(
         "train.acceptance_passes",
         ("train.validation_interval", "model.num_nextn_predict_layers"),
         lambda recipe: recipe.train.validation_interval == 0 or recipe.model.num_nextn_predict_layers == 0,

@@ -323,6 +323,14 @@ class RunSection(Section):
     peak_tflops: PositiveFloat | None = Field(
         None, description="Dense bf16 TFLOP/s of a device, for MFU; none: the table of GPUs, unknown elsewhere."
     )
+    wandb_project: str | None = Field(None, description="Project of Weights & Biases to send scalars to; none: no.")
+    wandb_mode: Literal["online", "offline"] = Field(
+        "online", description="Weights & Biases over the network, or into files of the run's folder to sync later."
+    )
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="First and last step of a window under torch's profiler; none: no window.", strict=False
+    )
+    profile_ranks: list[NonNegativeInt] = Field([0], description="Ranks that write the window's trace.")
     dead_expert_steps: NonNegativeInt = Field(
         100, description="Steps in a row without a token after which an expert raises an alarm; 0: never."
     )

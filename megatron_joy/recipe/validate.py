@@ -345,6 +345,26 @@ def _fp8_backend(recipe: Recipe) -> str | None:
     )
 
 
+def _profile(recipe: Recipe) -> str | None:
+    window, ranks, steps = recipe.run.profile_steps, recipe.run.profile_ranks, recipe.train.steps
+    if window is None:
+        return None
+    first, last = window
+    if not first <= last <= steps:
+        fix = [min(first, last, steps), min(max(first, last), steps)]
+        return (
+            f"run.profile_steps = {[first, last]}: must be the first and the last step of a window inside "
+            f"train.steps = {steps}; set run.profile_steps = {fix}"
+        )
+    world = recipe.layout.world_size
+    if not ranks or max(ranks) >= world:
+        return (
+            f"run.profile_ranks = {ranks}: must be ranks of the layout's {world}, 0 to {world - 1}; "
+            "set run.profile_ranks = [0]"
+        )
+    return None
+
+
 def blend_problem(key: str, sources: list[SourceEntry]) -> str | None:
     """A blend with one source has no shares to give, and a source belongs in it once."""
     if len(sources) == 1 and sources[0].weight != 1.0:
@@ -412,6 +432,7 @@ RULES: tuple[Rule, ...] = (
     Rule(("guards.spike", "checkpoint.interval", "train.steps"), rollback_needs_checkpoints),
     Rule(("checkpoint.keep_every", "checkpoint.interval"), _keep_every),
     Rule(("checkpoint.keep_best", "checkpoint.interval", "train.validation_interval"), _keep_best),
+    Rule(("run.profile_steps", "run.profile_ranks", "train.steps", "layout"), _profile),
     Rule(("data.train",), lambda recipe: blend_problem("data.train", recipe.data.train)),
     Rule(("data.validation",), lambda recipe: blend_problem("data.validation", recipe.data.validation)),
     Rule(("data.validation",), _validation_caps),

@@ -28,6 +28,7 @@ from megatron_joy.train.features.guard import Guard
 from megatron_joy.train.features.liveness import Liveness
 from megatron_joy.train.features.metrics import Metrics
 from megatron_joy.train.features.notify import Notify
+from megatron_joy.train.features.profiler import Profiler
 from megatron_joy.train.features.recheck import Recheck
 from megatron_joy.train.features.rollback import Rollback
 from megatron_joy.train.features.signals import StopOnSignal
@@ -38,6 +39,7 @@ from megatron_joy.train.features.stragglers import Stragglers
 from megatron_joy.train.features.terminal import Terminal
 from megatron_joy.train.features.usage import Usage, peak_flops
 from megatron_joy.train.features.validation import Validation
+from megatron_joy.train.features.weights_and_biases import WeightsAndBiases, check_wandb
 from megatron_joy.train.logs import RankLog
 from megatron_joy.train.loop import Loop, train
 from megatron_joy.train.moments import Feature
@@ -54,6 +56,7 @@ def pretrain(recipe: Recipe, stop: StopRequest | None = None) -> bool:
     recipe) before anything is trained or written, WorkError when the work itself fails.
     """
     check_notify(recipe.run.notify)
+    check_wandb(recipe)
     torch.set_num_threads(_threads(recipe))
     process = processes.start(recipe.layout, recipe.seed)
     with RankLog() as log, ExitStack() as opened:
@@ -151,6 +154,8 @@ def _features(
     if guards.straggler_interval and recipe.layout.world_size > 1:
         features.append(Stragglers(guards.straggler_interval, guards.straggler_factor))
     features.append(StopOnSignal(stop))
+    if recipe.run.profile_steps and run.process.info.rank in recipe.run.profile_ranks:
+        features.append(Profiler(run.folder, run.process.info.rank, recipe.run.profile_steps))
     if validation_stream is not None and recipe.train.validation_interval:
         batches = _validation_batches(recipe, run.process, validation_stream)
         features.append(Validation(batches, recipe.train.validation_interval, recipe.train.acceptance_passes))
@@ -159,6 +164,7 @@ def _features(
     features.append(Usage(recipe, peak_flops(recipe, run.process.device)))
     if run.process.is_first_rank:
         features += [Metrics(run, train_stream, past.name), Terminal(past.name)]
+        features += [WeightsAndBiases(run)] if recipe.run.wandb_project is not None else []
         if recipe.run.dead_expert_steps:
             features.append(DeadExperts(recipe.run.dead_expert_steps, recipe.model.first_k_dense_replace))
     if guards.recheck_interval:

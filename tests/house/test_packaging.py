@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 TARGETS = ("setup", "demo", "test", "lint", "bench", "data-demo")
 # Parts of Python packages that are not on the index; found by asking for them.
-OPTIONAL = {"transformer_engine", "transformer_engine_torch", "mpi4py", "ray"}
+OPTIONAL = {"transformer_engine", "transformer_engine_torch", "mpi4py", "ray", "wandb"}
 # The extra that readers and transforms import when they are used, with a line that names it where it is missing.
 DATA_EXTRA = "data"
 

@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from megatron_joy.infer.generate import Limits
 from megatron_joy.infer.speculative import Acceptance as Decoded
@@ -23,12 +25,19 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+def texts() -> NDArray[np.int64]:
+    """[ROWS, LENGTH + 1]: what the model was trained on, but for random tokens before the middle, which confuse it."""
+    rows = pattern(ROWS, LENGTH + 1, SEED)
+    rows[:, 12 : LENGTH // 2] = np.random.default_rng(SEED).integers(1, 98, (ROWS, LENGTH // 2 - 12))
+    return rows
+
+
 def _batches(documents: bool) -> Any:
     """Two micro-batches of two rows; with `documents` a border in the first half of each."""
     from megatron_joy.data.batch import make_batch
     from megatron_joy.data.stream import Sample
 
-    rows = pattern(ROWS, LENGTH + 1, SEED)
+    rows = texts()
     if documents:
         rows[:, 5] = 0
     samples = [Sample(row, "pattern", 0, 0, 0, 0) for row in rows]
@@ -76,7 +85,7 @@ def decoded(checkpoints: Path) -> dict[int, tuple[int, list[int]]]:
     """By number of drafts: passes of speculative decoding, and how many accepted so many drafts at least."""
     with open_weights(checkpoints / "step_00000060") as weights:
         decoder = build_decoder(weights, "fp32")
-    rows = pattern(ROWS, LENGTH + 1, SEED)[:, 6 : LENGTH // 2]  # behind the border
+    rows = texts()[:, 6 : LENGTH // 2]  # behind the border
     found = {}
     for drafts in (1, 3):
         accepted = [0] * drafts
