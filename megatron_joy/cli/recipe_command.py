@@ -1,16 +1,21 @@
 """`joy recipe`: list the shipped recipes, show one resolved, its keys, its parameter counts."""
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from megatron_joy.data.atomic import write_atomically
 from megatron_joy.errors import UserError
+from megatron_joy.parallel import flops
 from megatron_joy.recipe import Recipe, dump_recipe, list_recipes, load_recipe
 from megatron_joy.recipe.dump import format_value
 from megatron_joy.recipe.fields import FieldRow, schema_rows, value_at
+from megatron_joy.recipe.sweep import Rules, ladder
+from megatron_joy.report.parameters import count_parameters
 
 app = typer.Typer(help="List and show recipes. Example: joy recipe show joyai_tiny train.steps=100")
 
@@ -58,6 +63,74 @@ def show_command(
         _print_json(loaded.model_dump())
     else:
         print(dump_recipe(loaded), end="")
+
+
+def _active(recipe: Recipe) -> int:
+    counts = count_parameters(recipe.model.model_dump())
+    return counts.active if counts else 0
+
+
+def _flops(recipe: Recipe) -> float:
+    """Of the whole run, attention over whole samples: documents make it less."""
+    tokens = recipe.train.steps * recipe.train.global_batch_size * recipe.data.sequence_length
+    return tokens * flops.per_token(recipe, (recipe.data.sequence_length + 1) / 2, recipe.model.mtp_loss_factor > 0)
+
+
+@app.command("sweep", epilog="Example: joy recipe sweep joyai_tiny --out ladder --widths 64,96,128,192")
+def sweep_command(
+    recipe: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped name or a TOML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE ...", help="train.steps=100")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the recipes.")] = Path("ladder"),
+    widths: Annotated[str, typer.Option("--widths", help="Hidden sizes, as 64,96,128.")] = "",
+    tokens_per_parameter: Annotated[
+        float, typer.Option("--tokens-per-parameter", min=0.001, help="Training tokens over active parameters.")
+    ] = 20.0,
+    lr_exponent: Annotated[
+        float, typer.Option("--lr-exponent", help="Learning rates go with width to this power.")
+    ] = -1.0,
+    as_json: Json = False,
+) -> None:
+    """Write a ladder of recipes: one model in several widths, depth, heads, rates and tokens by constant rules."""
+    parts = [part.strip() for part in widths.split(",") if part.strip()]
+    if not all(part.isdigit() for part in parts):
+        raise UserError(f"--widths {widths}: expected whole numbers with commas between them, as 64,96,128")
+    made = ladder(recipe, overrides or (), [*map(int, parts)], Rules(tokens_per_parameter, lr_exponent), _active)
+    files = {out / f"{one.name}.toml": dump_recipe(one).encode() for one in made}
+    if taken := [str(path) for path, text in files.items() if path.exists() and path.read_bytes() != text]:
+        raise UserError(f"{', '.join(taken)}: exists and is another recipe; name another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    for path, text in files.items():
+        write_atomically(path, text)
+    _show_ladder(dict(zip(files, made, strict=True)), as_json)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
+def _show_ladder(made: dict[Path, Recipe], as_json: bool) -> None:
+    rows = [
+        {
+            "file": str(path),
+            "hidden_size": one.model.hidden_size,
+            "layers": one.model.num_hidden_layers,
+            "active_parameters": _active(one),
+            "peak_lr": one.schedule.peak_lr,
+            "steps": one.train.steps,
+            "tokens": one.train.steps * one.train.global_batch_size * one.data.sequence_length,
+            "flops": _flops(one),
+        }
+        for path, one in made.items()
+    ]
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table()
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == "file" else "right")
+    for row in rows:
+        table.add_row(*(value if isinstance(value, str) else _number(value) for value in row.values()))
+    Console().print(table)
 
 
 def _default(row: FieldRow) -> str:

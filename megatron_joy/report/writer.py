@@ -74,7 +74,7 @@ class MetricsWriter:
         """Writes one event. An attempt's first is "start" or "resume", with `world_size` and `layout` as extras.
 
         Args:
-            kind: start, resume, checkpoint, validation, stop, finish, error, alarm or note, or a guard's (docs/guards.md).
+            kind: start, resume, checkpoint, validation, stop, finish, error, alarm, note; a guard's (docs/guards.md).
             step: completed steps when it happened.
             message: one line for a person.
             extra: what else to keep, as JSON holds it.
