@@ -18,7 +18,7 @@ from megatron_joy.report.summary import last_value
 Numbers = NDArray[np.float64]
 FEWEST = 4  # runs: three constants, and something to judge them by
 LAST_SHARE = 0.05  # of a run's rows that its training loss is the mean of
-ALPHAS = np.geomspace(0.01, 2.0, 600)
+ALPHAS = np.geomspace(0.01, 2.0, 300)
 SAMPLES = 1000
 BAND = (5.0, 95.0)  # percentiles
 
@@ -125,8 +125,8 @@ def _laws(compute: Numbers, losses: Numbers, alphas: Numbers) -> list[Law]:
     return [Law(*map(float, row)) for row in found]
 
 
-def fit_law(points: Sequence[Point], kind: str, seed: int = 0) -> Fit:
-    """The least-squares law of at least FEWEST points with different compute, and SAMPLES resampled ones.
+def fit_law(points: Sequence[Point], kind: str, seed: int = 0, samples: int = SAMPLES) -> Fit:
+    """The least-squares law of at least FEWEST points with different compute, and so many resampled ones.
 
     Residuals are drawn with replacement after scaling by sqrt(n / (n - 3)), since three constants follow them.
     """
@@ -141,5 +141,5 @@ def fit_law(points: Sequence[Point], kind: str, seed: int = 0) -> Fit:
     (law,) = _laws(compute, losses[None], np.linspace(rough.alpha * 0.98, rough.alpha * 1.02, 401))
     curve, count = law.at(compute), len(points)
     residuals = (losses - curve) * np.sqrt(count / (count - 3))
-    drawn = np.random.default_rng(seed).integers(0, count, (SAMPLES, count))
+    drawn = np.random.default_rng(seed).integers(0, count, (samples, count))
     return Fit(tuple(points), law, tuple(_laws(compute, curve + residuals[drawn], ALPHAS)), kind)

@@ -35,14 +35,7 @@ def test_a_ladder_keeps_its_rules(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert tokens == row["tokens"]
         assert made.train.steps == math.ceil(2 * row["active_parameters"] / (8 * 256))
         assert made.schedule.decay_steps == made.train.steps * 100 // 300
-    assert rows[1]["active_parameters"] == _active_by_the_model("joyai_tiny")
     assert rows[0]["flops"] < rows[1]["flops"] < rows[2]["flops"]
-
-
-def _active_by_the_model(name: str) -> int:
-    from megatron_joy.model.size import parameter_counts
-
-    return parameter_counts(load_recipe(name, ONE)).active
 
 
 def test_uneven_layers_are_dealt_to_the_stages(tmp_path: Path) -> None:

@@ -18,13 +18,13 @@ COMPUTE = np.geomspace(1e17, 1e21, 9)
 def points(noise: float, seed: int = 0) -> list[Point]:
     spread = np.random.default_rng(seed).normal(0, noise, len(COMPUTE))
     return [
-        Point(f"w{i}", c, float(loss))
+        Point(f"w{i}", float(c), float(loss))
         for i, (c, loss) in enumerate(zip(COMPUTE, TRUTH.at(COMPUTE) + spread, strict=True))
     ]
 
 
 def test_a_law_without_noise_is_found_again() -> None:
-    law = fit_law(points(0.0), "validation").law
+    law = fit_law(points(0.0), "validation", samples=1).law
     assert law.alpha == pytest.approx(TRUTH.alpha, rel=1e-3)
     assert law.floor == pytest.approx(TRUTH.floor, abs=5e-3)
     assert law.scale == pytest.approx(TRUTH.scale, rel=0.05)
@@ -35,7 +35,7 @@ def test_the_band_has_the_truth_about_as_often_as_it_says() -> None:
     """Inside the measured range, over 24 draws of the noise: 90 % is promised, below 17 come once in 500 tries."""
     at, inside, widths = np.array([1e19]), 0, []
     for seed in range(24):
-        low, high = fit_law(points(0.02, seed), "validation", seed).band(at)
+        low, high = fit_law(points(0.02, seed), "validation", seed, samples=150).band(at)
         inside += bool(low[0] <= TRUTH.at(at)[0] <= high[0])
         widths.append(float(high[0] - low[0]))
     assert inside >= 17
@@ -44,14 +44,14 @@ def test_the_band_has_the_truth_about_as_often_as_it_says() -> None:
 
 def test_more_noise_makes_a_wider_band_and_it_opens_beyond_the_data() -> None:
     near, far = np.array([1e19]), np.array([1e23])
-    spans = {noise: fit_law(points(noise), "validation") for noise in (0.005, 0.05)}
+    spans = {noise: fit_law(points(noise), "validation", samples=150) for noise in (0.005, 0.05)}
     width = {n: [float(np.subtract(*fit.band(x)[::-1])[0]) for x in (near, far)] for n, fit in spans.items()}
     assert width[0.05][0] > 4 * width[0.005][0]
     assert width[0.05][1] > 2 * width[0.05][0]
 
 
 def test_a_loss_that_needs_no_floor_gets_none_below_zero() -> None:
-    law = fit_law([Point(str(c), c, 3.0 * (c / 1e17) ** -0.3) for c in COMPUTE], "training").law
+    law = fit_law([Point(str(c), c, 3.0 * (c / 1e17) ** -0.3) for c in COMPUTE], "training", samples=1).law
     assert law.floor == pytest.approx(0.0, abs=0.01)
     assert law.alpha == pytest.approx(0.3, rel=0.02)
 
