@@ -36,6 +36,7 @@ from megatron_joy.train.features.rollback import Rollback
 from megatron_joy.train.features.signals import StopOnSignal
 from megatron_joy.train.features.stopwatch import Stopwatch
 from megatron_joy.train.features.terminal import Terminal
+from megatron_joy.train.features.usage import Usage
 from megatron_joy.train.forward import MicroBatch, forward_step
 from megatron_joy.train.loop import Loop, train
 from megatron_joy.train.run import Progress, Run
@@ -103,7 +104,7 @@ def in_turns(
     run = Run(recipe, process, folder, 0, Progress(), begin(recipe))
     metrics = Metrics(run, OneSource(), None)  # type: ignore[arg-type]
     guard = Guard(Rollback(OneSource(), None))  # type: ignore[arg-type]
-    features = [Stopwatch(), StopOnSignal(StopRequest()), metrics, Terminal(None), guard]
+    features = [Stopwatch(), StopOnSignal(StopRequest()), Usage(recipe, None), metrics, Terminal(None), guard]
     marks: list[float] = []
 
     def turns() -> Iterator[list[Batch]]:

@@ -104,7 +104,7 @@ def leave_out(update: int) -> None:
 
     def then(trainer: Any, number: int, batches: Any) -> Any:
         if number == update:
-            return StepResult(1.0, 1.0, 1.0, 0.0, 1, None)
+            return StepResult(1.0, 1.0, None, 1.0, 0.0, 1, 1.0, None)
         return compute(trainer, number, batches)
 
     Trainer.step = then  # type: ignore[method-assign]
