@@ -22,6 +22,8 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def _optimizer_tensors(trainer: Trainer) -> Iterator[Tensor]:
     """Masters, where weights are no fp32 numbers, and moments of this rank's shard."""
     for part in parts(trainer.optimizer):
+        if getattr(part, "is_stub_optimizer", False):  # of a rank that has none of its parameters
+            continue
         for group in part.shard_fp32_from_float16_groups:
             yield from (master for master in group if master is not None)
         for state in part.optimizer.state.values():
