@@ -109,7 +109,7 @@ def _number(value: float) -> str:
 
 
 def _show_ladder(made: dict[Path, Recipe], as_json: bool) -> None:
-    rows = [
+    rows: list[dict[str, str | float]] = [
         {
             "file": str(path),
             "hidden_size": one.model.hidden_size,
