@@ -43,8 +43,8 @@ THROUGHPUT_CAPTION = (
 ACCEPTANCE_CAPTION = (
     "Share of the model's passes, writing on from validation texts, in which the MTP layer's first draft, its first "
     "two, all three were what the model itself would have written. One plus their sum is the tokens that a pass gives "
-    "in speculative decoding. <b>Good:</b> steady; a young model that repeats itself is easy to guess, and a sudden fall "
-    "is a broken MTP layer."
+    "in speculative decoding. <b>Good:</b> steady; a young model that repeats itself is easy to guess, and a sudden "
+    "fall is a broken MTP layer."
 )
 MFU_CAPTION = (
     "Share of the devices' peak (dense bf16) that the model's own products took. <b>Good:</b> flat, and near what the "
