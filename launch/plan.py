@@ -4,7 +4,8 @@ from typing import Any
 
 from megatron_joy.parallel import activations, flops
 from megatron_joy.parallel.gpus import Gpu, gpu_named
-from megatron_joy.parallel.states import exact, stage_states
+from megatron_joy.parallel.states import States, stage_states
+from megatron_joy.parallel.steptime import Assumptions, step_time
 from megatron_joy.recipe.schema import Recipe
 from megatron_joy.recipe.timetable import Timetable
 
@@ -19,9 +20,15 @@ def _at(recipe: Recipe, length: int, micro: int, batch: int) -> Recipe:
     return recipe.model_copy(update={"data": data, "train": train})
 
 
-def stage_memory(recipe: Recipe, stage: int) -> dict[str, int]:
-    """Bytes by kind on the fullest rank of a pipeline stage; the last two kinds are estimates."""
-    states = stage_states(recipe, stage)
+def forms(recipe: Recipe) -> list[Recipe]:
+    """The recipe at each sequence length and micro-batch that its stages have, with the last batch size of those."""
+    found = {(s.sequence_length, s.micro_batch_size): s.ramp.last for s in Timetable(recipe).stages}
+    return [_at(recipe, length, micro, batch) for (length, micro), batch in found.items()]
+
+
+def stage_memory(recipe: Recipe, stage: int, known: States | None = None) -> dict[str, int]:
+    """Bytes by kind on the fullest rank of a pipeline stage; the last two kinds are estimates. `known`: its states."""
+    states = known or stage_states(recipe, stage)
     here, last = activations.Pass(recipe), stage == recipe.layout.pipeline_model_parallel_size - 1
     vocabulary = recipe.model.vocab_size // recipe.layout.tensor_model_parallel_size
     logits = here.tokens * vocabulary * here.width if last else 0
@@ -36,10 +43,9 @@ def stage_memory(recipe: Recipe, stage: int) -> dict[str, int]:
 
 def memory_plan(recipe: Recipe, gpu: Gpu) -> list[dict[str, Any]]:
     """Memory of every pipeline stage for each sequence length that the run has, with a verdict."""
-    forms = {(s.sequence_length, s.micro_batch_size): s.ramp.last for s in Timetable(recipe).stages}
     rows = []
-    for (length, micro), batch in forms.items():
-        there = _at(recipe, length, micro, batch)
+    for there in forms(recipe):
+        length = there.data.sequence_length
         for stage in range(recipe.layout.pipeline_model_parallel_size):
             kinds = stage_memory(there, stage)
             total = sum(kinds.values())
@@ -66,26 +72,33 @@ def fits(recipe: Recipe, gpu_name: str) -> str | None:
     return None
 
 
-def run_plan(recipe: Recipe, gpu: Gpu, mfu: float, price: float) -> dict[str, Any]:
-    """FLOPs of the whole run and, at an assumed MFU and price of a GPU hour, its days and cost.
+def run_plan(recipe: Recipe, gpu: Gpu, assumed: Assumptions, mfu: float | None, price: float) -> dict[str, Any]:
+    """FLOPs of the whole run, its days and its cost at a price of a GPU hour.
 
-    Attention is counted over whole sequences, so documents that are shorter make it less.
+    Days follow from the time of an update of each stage, or from an MFU where one is given. Attention is counted over
+    whole sequences, so documents that are shorter make it less.
     """
-    total, tokens = 0.0, 0
-    for stage in Timetable(recipe).stages:
-        keys = (stage.sequence_length + 1) / 2
-        total += stage.tokens * flops.per_token(recipe, keys, stage.mtp_loss_factor > 0)
-        tokens += stage.tokens
+    total, tokens, seconds = 0.0, 0, 0.0
     gpus = recipe.layout.world_size
-    seconds = total / (gpus * gpu.bf16 * mfu)
+    for stage in Timetable(recipe).stages:
+        keys, with_mtp = (stage.sequence_length + 1) / 2, stage.mtp_loss_factor > 0
+        wanted = stage.tokens * flops.per_token(recipe, keys, with_mtp)
+        if mfu is None:
+            there = _at(recipe, stage.sequence_length, stage.micro_batch_size, stage.ramp.last)
+            step = step_time(there, gpu, assumed, keys, with_mtp)
+            seconds += stage.tokens / step.tokens * step.seconds
+        else:
+            seconds += wanted / (gpus * gpu.bf16 * mfu)
+        total += wanted
+        tokens += stage.tokens
     return {
         "gpus": gpus,
         "tokens": tokens,
         "flops_per_token": total / tokens,
-        "assumed_mfu": mfu,
+        "given_mfu": mfu,
+        "mfu": total / (seconds * gpus * gpu.bf16),
         "tokens_per_second_per_gpu": tokens / seconds / gpus,
         "days": seconds / DAY,
         "assumed_price_per_gpu_hour": price,
         "cost": seconds / 3600 * gpus * price,
-        "states_exact": exact(recipe),
     }

@@ -1,6 +1,7 @@
 """`joy plan`: what a recipe's run will do, before it does it: its stages, and what they read of each source."""
 
 import json
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,14 +12,24 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from launch import layouts as launch_layouts
 from launch import plan as launch_plan
+from megatron_joy.cli.plan_tables import plan_tables, run_text
 from megatron_joy.data.manifest import load_manifest, manifest_path
 from megatron_joy.errors import UserError
-from megatron_joy.parallel.gpus import gpu_named
+from megatron_joy.parallel.gpus import Gpu, gpu_named
+from megatron_joy.parallel.steptime import Assumptions
 from megatron_joy.recipe import Recipe, load_recipe
 from megatron_joy.recipe.timetable import Stage, Timetable
 from megatron_joy.recipe.usage import check_caps, shares_of, update_that_reads
 from megatron_joy.report import text
+
+OF_RECIPES = ("gpu", "gpus", "mfu", "kernels", "links", "overlap", "layouts", "price")
+
+
+def _share(name: str, text: str) -> Any:
+    """An option between 1 % and all."""
+    return typer.Option(name, min=0.01, max=1.0, help=text)
 
 
 def command(
@@ -27,7 +38,11 @@ def command(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE ...", help="train.steps=100")] = None,
     gpu: Annotated[str, typer.Option("--gpu", help="The GPU to plan for, as h100-80g.")] = "h100-80g",
     gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="GPUs of the run: sets the replicas.")] = None,
-    mfu: Annotated[float, typer.Option("--mfu", min=0.01, max=1.0, help="Assumed share of the GPU's peak.")] = 0.3,
+    mfu: Annotated[float | None, _share("--mfu", "Days by this MFU, not by the update's planned time.")] = None,
+    kernels: Annotated[float, _share("--kernels", "Assumed share of the peak in computation alone.")] = 0.5,
+    links: Annotated[float, _share("--links", "Assumed share of a link's peak in collectives.")] = 0.8,
+    overlap: Annotated[float, typer.Option(min=0.0, max=1.0, help="Assumed share of communication hidden.")] = 0.0,
+    layouts: Annotated[int | None, typer.Option(min=1, help="Rank layouts: so many for each sequence length.")] = None,
     price: Annotated[float, typer.Option("--price", min=0.0, help="Assumed price of a GPU hour.")] = 2.5,
     data: Annotated[
         str | None, typer.Option("--data", metavar="PIPELINE", help="Plan this pipeline from its sample run instead.")
@@ -36,7 +51,7 @@ def command(
     tokens: Annotated[float, typer.Option("--tokens", min=1.0, help="With --data: tokens to make.")] = 20e12,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON value.")] = False,
 ) -> None:
-    """Shows a recipe's stages, what is read of each source, memory of every pipeline stage, days and cost.
+    """Shows a recipe's stages, what is read of each source, memory, communication and time of an update, days, cost.
 
     With --data: core hours, wall time and disk of a data pipeline, from what its finished sample run cost.
 
@@ -53,23 +68,39 @@ def command(
     device, loaded = gpu_named(gpu), load_recipe(recipe, overrides or ())
     if gpus is not None:
         loaded = load_recipe(recipe, [*(overrides or ()), _replicas(loaded, gpus)])
-    plan = schedule_plan(loaded) | {
-        "gpu": gpu,
-        "memory": launch_plan.memory_plan(loaded, device),
-        "run": launch_plan.run_plan(loaded, device, mfu, price),
-    }
+    assumed = Assumptions(kernels, links, overlap)
+    plan = schedule_plan(loaded) | {"gpu": gpu} | _layout_plan(loaded, device, assumed)
+    plan["run"] = launch_plan.run_plan(loaded, device, assumed, mfu, price)
+    if layouts is not None:
+        found = launch_layouts.rankings(loaded, loaded.layout.world_size, device, assumed, layouts)
+        plan["layouts"] = [one.as_json() for one in found]
     if as_json:
         print(json.dumps(plan, indent=2, ensure_ascii=False))
         return
     console = Console()
-    for table in (_stage_table(plan), _source_table(plan), _memory_table(plan)):
+    for table in (_stage_table(plan), _source_table(plan), *plan_tables(plan)):
         console.print(table)
-    console.print(_run_text(plan), highlight=False)
+    console.print(run_text(plan), highlight=False)
+
+
+def _layout_plan(recipe: Recipe, gpu: Gpu, assumed: Assumptions) -> dict[str, Any]:
+    """Memory, communication and seconds of an update, at each sequence length."""
+    steps = []
+    for form, time in launch_layouts.times(recipe, gpu, assumed):
+        told = {"sequence_length": form.data.sequence_length, "global_batch_size": form.train.global_batch_size}
+        mfu = time.mfu(gpu, form.layout.world_size)
+        steps.append(told | asdict(time) | {"seconds": time.seconds, "mfu": mfu})
+    return {
+        "memory": launch_plan.memory_plan(recipe, gpu),
+        "communication": launch_layouts.traffic(recipe),
+        "assumptions": asdict(assumed),
+        "step": steps,
+    }
 
 
 def _refuse_dead_options(context: typer.Context, data: str | None) -> None:
     """An option without effect is a mistake: the GPU's with --data, the pipeline's without."""
-    dead = ("gpu", "gpus", "mfu", "price") if data is not None else ("cores", "tokens")
+    dead = OF_RECIPES if data is not None else ("cores", "tokens")
     for name in dead:
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
@@ -183,32 +214,3 @@ def _source_table(plan: dict[str, Any]) -> Table:
             table.add_row(name, escape(use["source"]), *cells)
         table.add_section()
     return table
-
-
-KINDS = ("parameters", "gradients", "optimizer", "activations", "workspace", "total", "spare", "dispatch_worst_case")
-
-
-def _memory_table(plan: dict[str, Any]) -> Table:
-    table = Table(title=f"GiB of a rank of {plan['gpu']}, by pipeline stage", box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("sequence", "stage", *(kind.replace("_", " ") for kind in KINDS), "verdict"):
-        table.add_column(name, justify="right")
-    for row in plan["memory"]:
-        cells = (f"{row[kind] / launch_plan.GIB:.1f}" for kind in KINDS)
-        table.add_row(str(row["sequence_length"]), str(row["stage"]), *cells, row["verdict"])
-    return table
-
-
-def _run_text(plan: dict[str, Any]) -> str:
-    run = plan["run"]
-    states = (
-        "exact" if run["states_exact"] else "planned as AdamW's; Muon has a moment less and buffers somewhat longer"
-    )
-    lines = (
-        f"{text.count(run['flops_per_token'])} FLOPs a token, whole sequences attended.",
-        f"On {run['gpus']} GPUs at an assumed MFU of {run['assumed_mfu']:.0%}:",
-        f"{run['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, {run['days']:,.1f} days,",
-        f"{run['cost']:,.0f} at an assumed {run['assumed_price_per_gpu_hour']:g} a GPU hour.",
-        f"Parameters, gradients and optimizer state: {states}. Communication is not planned.",
-        "Dispatch worst case: what one layer adds if all tokens go to one rank's experts; not in the total.",
-    )
-    return "\n".join(lines)

@@ -1,9 +1,4 @@
-"""Which optimizer updates a parameter, and which matrices it consists of: one table by parameter name.
-
-Muon orthogonalises maps between hidden states (Moonlight, arXiv 2502.16982, 2.2). Tables of one row a token (embedding,
-head), vectors (norms) and the router, whose rows are compared with each other and with the bias of the balance, stay on
-AdamW. The router's bias is no parameter: no optimizer has it.
-"""
+"""The matrices that a parameter consists of, for Muon; `parallel.kinds` says which parameters Muon has."""
 
 import re
 from collections.abc import Iterable
@@ -13,50 +8,8 @@ from typing import Literal
 import torch.distributed as dist
 from torch import Tensor
 
-WRAPPER = "module."  # what DDP puts before names
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Parameters whose names match `pattern`. `split` is what tensor parallelism cuts: rows, columns or nothing."""
-
-    pattern: str
-    what: str
-    optimizer: Literal["muon", "adamw"]
-    split: Literal["rows", "columns"] | None = None
-    stacked: bool = False  # [experts, rows, columns], each expert a matrix
-    gate_up: bool = False  # gate rows, then up rows: two matrices
-
-
-# The first pattern found in a name decides; a name without one is an error, so that none gets an optimizer by chance.
-KINDS: tuple[Kind, ...] = (
-    Kind(r"^embedding\.", "embedding", "adamw"),
-    Kind(r"^output_layer\.", "head", "adamw"),
-    Kind(r"norm\.weight$", "norm", "adamw"),
-    Kind(r"\.router\.weight$", "router", "adamw"),
-    Kind(r"\.linear_(q|kv)_down_proj\.weight$", "MLA down projection", "muon"),
-    Kind(r"\.linear_(q|kv)_up_proj\.weight$", "MLA up projection", "muon", "rows"),
-    Kind(r"\.self_attention\.linear_proj\.weight$", "MLA output projection", "muon", "columns"),
-    Kind(r"\.eh_proj\.weight$", "MTP projection", "muon", "rows"),
-    Kind(r"\.experts\.linear_fc1$", "experts' gate and up", "muon", "rows", stacked=True, gate_up=True),
-    Kind(r"\.experts\.linear_fc2$", "experts' down", "muon", "columns", stacked=True),
-    # Transformer Engine has a tensor for each expert: linear_fc1.weight0 and on.
-    Kind(r"\.experts\.linear_fc1\.weight\d+$", "an expert's gate and up", "muon", "rows", gate_up=True),
-    Kind(r"\.experts\.linear_fc2\.weight\d+$", "an expert's down", "muon", "columns"),
-    Kind(r"\.linear_fc1\.weight$", "gate and up", "muon", "rows", gate_up=True),
-    Kind(r"\.linear_fc2\.weight$", "down", "muon", "columns"),
-)
-
-
-def kind_of(name: str) -> Kind:
-    """The row of KINDS for a parameter's name; RuntimeError for a name that the table doesn't know."""
-    bare = name
-    while bare.startswith(WRAPPER):
-        bare = bare.removeprefix(WRAPPER)
-    for kind in KINDS:
-        if re.search(kind.pattern, bare):
-            return kind
-    raise RuntimeError(f"no optimizer is named for parameter {bare}; give it a row in optim.split.KINDS")
+from megatron_joy.parallel.kinds import WRAPPER, kind_of
+from megatron_joy.parallel.placement import newton_schulz_cost
 
 
 @dataclass(frozen=True)
@@ -89,8 +42,7 @@ class Matrices:
     @property
     def cost(self) -> int:
         """Multiplications of one Newton-Schulz iteration on all matrices: 2m^2n + m^3 each for m x n, m <= n."""
-        small, large = sorted(self.whole)
-        return self.count * (2 * small * small * large + small**3)
+        return self.count * newton_schulz_cost(*self.whole)
 
 
 def matrices_of(name: str, param: Tensor, groups: object | None = None) -> Matrices | None:

@@ -9,13 +9,20 @@ from megatron_joy.recipe.schema import Recipe
 TRAINING = 3  # a forward pass, and a backward pass of twice its products
 
 
+def attention_core(recipe: Recipe, keys: float) -> float:
+    """Forward FLOPs of an MLA sub-layer's products of queries, keys and values alone."""
+    model = recipe.model
+    wide = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
+    return 2.0 * model.num_attention_heads * wide * keys
+
+
 def attention(recipe: Recipe, keys: float) -> float:
     """Forward FLOPs of an MLA sub-layer."""
     model = recipe.model
     h, heads, q, c = model.hidden_size, model.num_attention_heads, model.q_lora_rank, model.kv_lora_rank
     nope, rope, e = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim
     weights = h * q + q * heads * (nope + rope) + h * (c + rope) + c * heads * (nope + e) + heads * e * h
-    return 2 * weights + 2 * heads * (nope + rope + e) * keys
+    return 2 * weights + attention_core(recipe, keys)
 
 
 def dense(recipe: Recipe) -> float:

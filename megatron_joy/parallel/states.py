@@ -4,12 +4,16 @@ Megatron-core lays the parameters of a chunk end to end in one buffer (one more 
 own): last registered first, each start on a multiple of 64 values, the end on one that all replicas and 128 divide.
 Gradients have a buffer of the same length in fp32. Each data-parallel rank owns an equal range of it (ZeRO-1) and keeps
 masters and moments of what parameters lie in that range, in fp32; of fp32 parameters the masters are the parameters.
+
+Muon's matrices have buffers of their own, in which no range ends inside a matrix (`parallel.placement`), one moment.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
+from megatron_joy.parallel.kinds import kind_of
+from megatron_joy.parallel.placement import Item, Placement, newton_schulz_cost, place
 from megatron_joy.parallel.tensors import MOE, Tensor, chunk_layers, chunk_tensors, chunks_of_stage
 from megatron_joy.recipe.schema import Recipe
 
@@ -84,6 +88,7 @@ class Buffer:
 
     buckets: tuple[Bucket, ...]
     replicas: int
+    moments: int = 2
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], replicas: int) -> "Buffer":
@@ -109,6 +114,43 @@ class Buffer:
         return [sum(counts) for counts in zip(*(bucket.owned(self.replicas) for bucket in self.buckets), strict=True)]
 
 
+@dataclass(frozen=True)
+class MuonBuffer:
+    """The matrices of a chunk that Muon has and that share replicas."""
+
+    items: tuple[Item, ...]
+    placement: Placement
+    moments: int = 1
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], recipe: Recipe, replicas: int) -> "MuonBuffer":
+        """Places the matrices of tensors, the last one first."""
+        items = tuple(_item(tensor, recipe) for tensor in reversed(tensors))
+        end = math.lcm(replicas, END)
+        return cls(items, place(items, replicas, end // math.gcd(end, replicas)))
+
+    @property
+    def length(self) -> int:
+        """Values, padding included."""
+        return self.placement.share * len(self.placement.costs)
+
+    def owned(self) -> list[int]:
+        """How many values each replica keeps optimizer state of, in the order of the replicas."""
+        ranges = [(start, start + item.elements) for start, item in zip(self.placement.starts, self.items, strict=True)]
+        return Bucket(tuple(ranges), self.length).owned(len(self.placement.costs))
+
+
+def _item(tensor: Tensor, recipe: Recipe) -> Item:
+    """A tensor of Muon's as the matrices that this rank holds parts of; costs are those of whole matrices."""
+    kind, layout = kind_of(tensor.name), recipe.layout
+    rows, columns = tensor.shape[-2] // (2 if kind.gate_up else 1), tensor.shape[-1]
+    stacked = ".mlp.experts." in tensor.name
+    ranks = layout.expert_tensor_parallel_size if stacked else layout.tensor_model_parallel_size
+    whole = rows * (ranks if kind.split == "rows" else 1), columns * (ranks if kind.split == "columns" else 1)
+    count = tensor.numel // (rows * columns)
+    return Item(count, rows * columns, count * newton_schulz_cost(*whole), kind.stacked)
+
+
 def _with_next[T](items: Sequence[T]) -> list[tuple[T, T | None]]:
     return list(zip(items, [*items[1:], None], strict=True))
 
@@ -121,14 +163,22 @@ def replicas(recipe: Recipe, expert: bool) -> int:
     return layout.data_parallel_size * layout.context_parallel_size
 
 
-def buffers(recipe: Recipe, chunk: int) -> list[tuple[bool, Buffer]]:
+def buffers(recipe: Recipe, chunk: int) -> list[tuple[bool, Buffer | MuonBuffer]]:
     """(is it the experts' own, the buffer) of a chunk."""
     tensors = chunk_tensors(recipe, chunk)
-    found = []
+    found: list[tuple[bool, Buffer | MuonBuffer]] = []
     for expert in (False, True):
-        if mine := [tensor for tensor in tensors if tensor.expert is expert]:
-            found.append((expert, Buffer.of(mine, replicas(recipe, expert))))
+        mine, shares = [tensor for tensor in tensors if tensor.expert is expert], replicas(recipe, expert)
+        on_muon = [tensor for tensor in mine if _on_muon(recipe, tensor)]
+        if flat := [tensor for tensor in mine if not _on_muon(recipe, tensor)]:
+            found.append((expert, Buffer.of(flat, shares)))
+        if on_muon:
+            found.append((expert, MuonBuffer.of(on_muon, recipe, shares)))
     return found
+
+
+def _on_muon(recipe: Recipe, tensor: Tensor) -> bool:
+    return recipe.optimizer.name == "muon" and kind_of(tensor.name).optimizer == "muon"
 
 
 def _chunk_states(recipe: Recipe, chunk: int, replica: dict[bool, int] | None) -> States:
@@ -140,7 +190,7 @@ def _chunk_states(recipe: Recipe, chunk: int, replica: dict[bool, int] | None) -
     for expert, buffer in buffers(recipe, chunk):
         counts = buffer.owned()
         owned = max(counts) if replica is None else counts[replica[expert]]
-        total += States(buffer.length * width, buffer.length * FP32, owned * masters, owned * 2 * FP32)
+        total += States(buffer.length * width, buffer.length * FP32, owned * masters, owned * buffer.moments * FP32)
     return total
 
 
@@ -151,20 +201,13 @@ def _sum(states: Iterable[States]) -> States:
     return total
 
 
-def exact(recipe: Recipe) -> bool:
-    """Whether bytes are known exactly. Muon shares out whole matrices and keeps one moment of them;
-    it is planned as AdamW, with two moments and flat ranges: moments too large, padded buffers too small.
-    """
-    return recipe.optimizer.name == "adamw"
-
-
 def stage_states(recipe: Recipe, stage: int) -> States:
-    """Bytes of the rank of a pipeline stage that has most; for Muon as if AdamW had all (see `exact`)."""
+    """Bytes of the rank of a pipeline stage that has most."""
     return _sum(_chunk_states(recipe, chunk, None) for chunk in chunks_of_stage(recipe, stage))
 
 
 def rank_states(recipe: Recipe, rank: int) -> States:
-    """Bytes of one rank of the world under AdamW.
+    """Bytes of one rank of the world.
 
     Ranks are numbered TP first, then CP, DP, PP; experts ETP, EP, replicas, PP.
     """

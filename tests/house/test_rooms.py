@@ -28,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "precision": FOUNDATION,
     "data": {"errors", "recipe"},
     "model": FOUNDATION | {"precision"},
-    "optim": FOUNDATION | {"model"},
+    "optim": FOUNDATION | {"model", "parallel.kinds", "parallel.placement"},
     "checkpoint": FOUNDATION | {"model", "optim", "data.atomic"},
     "parallel": {"errors", "recipe"},
     "report": {"errors", "recipe", "data"},

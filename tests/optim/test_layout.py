@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_joy.optim.layout import ALIGNED, Item, Placement, place
+from megatron_joy.parallel.placement import ALIGNED, Item, Placement, place
 
 DIVISOR = 128
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megatron_joy.model.size import meta_model
-from megatron_joy.optim.split import kind_of, matrices_of, split_text
+from megatron_joy.optim.split import matrices_of, split_text
+from megatron_joy.parallel.kinds import kind_of
 from megatron_joy.recipe import load_recipe
 
 # The whole matrices of JoyAI (arXiv 2604.03044, Table 1): 40 layers and the MTP layer, one dense layer, 39 MoE layers.

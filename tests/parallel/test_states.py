@@ -28,6 +28,13 @@ LAYOUTS: list[tuple[dict[str, int], str]] = [
 ]
 
 
+MUON: list[tuple[dict[str, int], str]] = [
+    ({DP: 2}, "fp32"),
+    ({DP: 2, EP: 2}, "bf16"),
+    ({TP: 2, DP: 2, EP: 2, ETP: 2}, "bf16"),
+]
+
+
 def name_of(case: Any) -> str:
     return (
         "-".join(f"{key.split('_parallel')[0]}{value}" for key, value in case.items())
@@ -36,9 +43,13 @@ def name_of(case: Any) -> str:
     )
 
 
-@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS, ids=name_of)
-def test_every_rank_allocates_what_is_planned(layout: dict[str, int], dtype: str) -> None:
-    recipe = uneven_recipe(layout, dtype)
+@pytest.mark.parametrize(
+    ("layout", "dtype", "optimizer"),
+    [(*case, "adamw") for case in LAYOUTS] + [(*case, "muon") for case in MUON],
+    ids=name_of,
+)
+def test_every_rank_allocates_what_is_planned(layout: dict[str, int], dtype: str, optimizer: str) -> None:
+    recipe = uneven_recipe(layout, dtype, optimizer)
     world = recipe.layout.world_size
     for rank, found in enumerate(run_world(allocated, world, recipe)):
         named = found.pop("named")

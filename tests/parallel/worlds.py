@@ -8,12 +8,14 @@ from tests.model.small import small_recipe
 WIDTHS = {"hidden_size": 40, "intermediate_size": 88, "vocab_size": 104, "q_lora_rank": 28, "qk_rope_head_dim": 6}
 
 
-def uneven_recipe(layout: dict[str, Any], dtype: str = "fp32", **train: Any) -> Recipe:
+def uneven_recipe(layout: dict[str, Any], dtype: str = "fp32", optimizer: str = "adamw", **train: Any) -> Recipe:
     """The minuscule model with widths that pad: few are multiples of 64 values."""
     counts = {1: None, 2: [2, 2], 4: [1, 1, 1, 1]}
     chunks = layout.get("pipeline_model_parallel_size", 1) * layout.get("virtual_pipeline_model_parallel_size", 1)
     recipe = small_recipe({"pipeline_layer_counts": counts[chunks]} | layout, WIDTHS, train)
-    return recipe.model_copy(update={"precision": recipe.precision.model_copy(update={"params_dtype": dtype})})
+    precision = recipe.precision.model_copy(update={"params_dtype": dtype})
+    chosen = recipe.optimizer.model_copy(update={"name": optimizer, "muon_dtype": dtype})
+    return recipe.model_copy(update={"precision": precision, "optimizer": chosen})
 
 
 def allocated(recipe: Recipe) -> dict[str, Any]:
@@ -45,8 +47,8 @@ def allocated(recipe: Recipe) -> dict[str, Any]:
             for master in group:
                 add("masters", master)
         for state in part.optimizer.state.values():
-            add("moments", state["exp_avg"])
-            add("moments", state["exp_avg_sq"])
+            for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+                add("moments", state.get(name))
     named = [
         [(name, tuple(p.shape), not getattr(p, "allreduce", True)) for name, p in c.named_parameters()] for c in chunks
     ]
