@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.policy import EXIT_FAILED, EXIT_HOPELESS, EXIT_USER_MISTAKE, FIRST_WAIT_SECONDS
+from launch.policy import EXIT_FAILED, EXIT_FINISHED, EXIT_HOPELESS, EXIT_USER_MISTAKE, FIRST_WAIT_SECONDS
+from launch.slurm_preflight import find_fit_nodes
 from launch.slurm_ranks import Job, SlurmPlace
 from launch.supervise import Supervisor, conclude, say
 from launch.watch import Limits
@@ -27,6 +28,7 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--first-wait", type=float, default=FIRST_WAIT_SECONDS, help="before the first restart, seconds"
     )
     parser.add_argument("--spares", type=int, default=0, help="nodes of the job that are idle until another fails")
+    parser.add_argument("--preflight", action="store_true", help="measure the nodes first and leave out unfit ones")
     parser.add_argument("--hang-factor", type=float, default=usual.factor, help="limit of a step, in medians of a step")
     parser.add_argument("--hang-least", type=float, default=usual.least, help="smallest limit of a step, seconds")
     parser.add_argument("--hang-slow", type=float, default=usual.slow, help="limit of start and checkpoint, seconds")
@@ -56,6 +58,8 @@ def supervise(arguments: Sequence[str]) -> int:
     place = SlurmPlace(run, job, options.command, options.spares, options.step_option)
     limits = Limits(options.hang_factor, options.hang_least, options.hang_slow)
     say(f"{place.launch} on {', '.join(job.nodes)}, {job.tasks_per_node} ranks a node; the run is {run}")
+    if options.preflight and not find_fit_nodes(place, run):
+        return EXIT_FINISHED
     return conclude(Supervisor(run, place, options.restarts, limits, options.first_wait).supervise())
 
 

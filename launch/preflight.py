@@ -18,8 +18,8 @@ from launch import local
 from megatron_joy.data.atomic import write_atomically
 from megatron_joy.errors import UserError, WorkError
 from megatron_joy.recipe import Recipe
+from megatron_joy.runstate import VERDICT_FILE
 
-VERDICT_FILE = Path("logs") / "preflight.json"
 Report = dict[str, Any]
 
 

@@ -256,24 +256,13 @@ class SlurmPlace:
     def _healthy(self) -> list[str]:
         return [node for node in self.job.nodes if node not in self._left_out]
 
-    def start(self, fence: int) -> SlurmRanks:
-        """One srun task for each rank."""
-        nodes = self._healthy()[: self._wanted]
-        address = address_of(nodes[0])
-        reasons = launch_folder(self.run) / "reasons" / f"{fence:06d}"
-        reasons.mkdir(parents=True, exist_ok=True)
-        size = len(nodes) * self.job.tasks_per_node
-        own = {
-            FENCE_VARIABLE: str(fence),
-            FOLDER_VARIABLE: str(reasons.resolve()),
-            "MASTER_ADDR": address,
-            "MASTER_PORT": str(port_for(self.job.number, fence, address)),
-        }
-        command = [
+    def _step(self, name: str, nodes: Sequence[str], command: Sequence[str]) -> list[str]:
+        """srun with one task for each rank."""
+        return [
             "srun",
-            f"--job-name={step_name(fence)}",
+            f"--job-name={name}",
             f"--nodes={len(nodes)}",
-            f"--ntasks={size}",
+            f"--ntasks={len(nodes) * self.job.tasks_per_node}",
             f"--ntasks-per-node={self.job.tasks_per_node}",
             f"--nodelist={','.join(nodes)}",
             "--distribution=block",
@@ -281,8 +270,29 @@ class SlurmPlace:
             "--kill-on-bad-exit=0",  # a rank that fails must not kill one that saves
             "--wait=0",
             *self.step_options,
-            *self.command,
+            *command,
         ]
+
+    def _meeting(self, nodes: Sequence[str], fence: int) -> dict[str, str]:
+        """Where the ranks of an attempt meet."""
+        address = address_of(nodes[0])
+        return {"MASTER_ADDR": address, "MASTER_PORT": str(port_for(self.job.number, fence, address))}
+
+    def measure(self) -> int:
+        """Runs the command's preflight on the nodes that the next attempt would have; its exit code."""
+        nodes = self._healthy()[: self._wanted]
+        command = ["preflight" if word == "pretrain" else word for word in self.command]
+        step = self._step("joy-preflight", nodes, command)
+        environment = os.environ | self._meeting(nodes, fence=0)
+        return subprocess.run(step, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
+
+    def start(self, fence: int) -> SlurmRanks:
+        """One srun task for each rank."""
+        nodes = self._healthy()[: self._wanted]
+        reasons = launch_folder(self.run) / "reasons" / f"{fence:06d}"
+        reasons.mkdir(parents=True, exist_ok=True)
+        own = {FENCE_VARIABLE: str(fence), FOLDER_VARIABLE: str(reasons.resolve())} | self._meeting(nodes, fence)
+        command = self._step(step_name(fence), nodes, self.command)
         # A session of its own: Ctrl-C and what is sent to the job's group is for the supervisor to pass on.
         process = subprocess.Popen(
             command,
@@ -315,8 +325,11 @@ class SlurmPlace:
         return True
 
     def _exclude(self) -> None:
-        """Only a job that is queued takes it: a moment after the requeue."""
-        nodes = ",".join(sorted(self._left_out))
+        """Only a job that is queued takes it: a moment after the requeue. Those left out before stay out."""
+        shown = ask("scontrol", "show", "job", self.job.id, "--oneliner", check=False)
+        before = re.search(r" ExcNodeList=(\S+)", shown)
+        known = [before[1]] if before and before[1] != "(null)" else []
+        nodes = ",".join([*known, *sorted(self._left_out)])
         for _ in range(50):
             try:
                 ask("scontrol", "update", f"JobId={self.job.id}", f"ExcNodeList={nodes}")

@@ -61,13 +61,16 @@ class Supervision(_Strict):
 
     restarts: NonNegativeInt = Field(10, description="How often a run may fail or hang.")
     first_wait: NonNegativeFloat = Field(5.0, description="Seconds before a restart, doubled each time.")
+    preflight: bool = Field(False, description="Measure the nodes first; unfit ones are left out (docs/preflight.md).")
     hang_factor: PositiveFloat = Field(10.0, description="Limit of a step, in medians of a step.")
     hang_least: PositiveFloat = Field(60.0, description="Smallest limit of a step, seconds.")
     hang_slow: PositiveFloat = Field(1800.0, description="Limit of starting, validation and checkpoint, seconds.")
 
     def options(self) -> list[str]:
         """For `launch.in_slurm`."""
-        return [f"--{name.replace('_', '-')}={value}" for name, value in self.model_dump().items()]
+        valued = self.model_dump(exclude={"preflight"})
+        flags = ["--preflight"] if self.preflight else []
+        return [*(f"--{name.replace('_', '-')}={value}" for name, value in valued.items()), *flags]
 
 
 class Site(_Strict):

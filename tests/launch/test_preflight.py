@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from launch.preflight import VERDICT_FILE, Limits, judge, summary
+from launch.preflight import Limits, judge, summary
 from megatron_joy.errors import WorkError
 from megatron_joy.platform import nvidia
+from megatron_joy.runstate import VERDICT_FILE
 from tests.gloo import run_world
 from tests.train.minuscule import EP2, joy, make_home
 
