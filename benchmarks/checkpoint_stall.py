@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from step_overhead import ONE_PROCESS, batches_in_memory
+from shared.turns import ONE_PROCESS, batches_in_memory
 
 from megatron_joy.checkpoint import background
 from megatron_joy.checkpoint.background import BackgroundSaver, Outcome

@@ -32,7 +32,7 @@ def _recipe(name: str, overrides: list[str], replicas: int) -> Any:
 
 def write(folder: str, name: str, overrides: list[str]) -> int:
     """A checkpoint after one step; its bytes."""
-    from step_overhead import batches_in_memory
+    from shared.turns import batches_in_memory
 
     from megatron_joy.checkpoint.save import save_checkpoint
     from megatron_joy.model.build import build_model
@@ -50,7 +50,7 @@ def write(folder: str, name: str, overrides: list[str]) -> int:
 
 def resume(folder: str, name: str, overrides: list[str], replicas: int) -> dict[str, float]:
     """Seconds of each part on this rank."""
-    from step_overhead import batches_in_memory
+    from shared.turns import batches_in_memory
 
     from megatron_joy.checkpoint.load import choose, load_checkpoint
     from megatron_joy.model.build import build_model

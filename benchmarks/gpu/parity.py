@@ -1,0 +1,76 @@
+"""Losses of three updates of joyai_tiny in fp32: portable blocks on the CPU against the same and `te` on a GPU.
+
+    python benchmarks/gpu/parity.py portable
+
+prints the losses of one backend on this machine's device as JSON; `throughput.py` compares them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from shared.turns import batches_in_memory, short_run
+
+from megatron_joy.model.build import build_model
+from megatron_joy.platform import process as processes
+from megatron_joy.recipe import load_recipe
+from megatron_joy.train.step import Trainer
+
+UPDATES = 3
+SMALL = (
+    "precision.params_dtype=fp32",
+    "data.sequence_length=64",
+    "train.global_batch_size=2",
+    "train.micro_batch_size=1",
+)
+# Of a loss against the CPU's. Transformer Engine multiplies fp32 numbers in TF32, with 10 bits of their mantissas.
+TOLERANCES = {"portable": 1e-4, "te": 5e-3}
+
+
+def losses(backend: str) -> list[float]:
+    """The main loss of each update, on this process's device."""
+    recipe = load_recipe("joyai_tiny", [*short_run(UPDATES), *SMALL, f"model.backend={backend}"])
+    process = processes.start(recipe.layout, recipe.seed)
+    trainer = Trainer(recipe, process, build_model(recipe, process))
+    batches = batches_in_memory(recipe)
+    return [trainer.step(number, batches).loss for number in range(1, UPDATES + 1)]
+
+
+def losses_on_cpu() -> list[float]:
+    """The portable model's in a process that sees no GPU: which device a process has is decided when it starts."""
+    command = [sys.executable, str(Path(__file__).resolve()), "portable"]
+    # A meeting place would be the one where this process already is.
+    inherited = {key: value for key, value in os.environ.items() if key not in ("MASTER_ADDR", "MASTER_PORT")}
+    hidden = {**inherited, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=hidden, stdout=subprocess.PIPE, text=True, check=True)
+    found: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def compare(backends: list[str], device: str) -> list[dict[str, object]]:
+    """A row for each backend on this process's device: its losses, the CPU's, the largest difference, a verdict."""
+    cpu = losses_on_cpu()
+    rows: list[dict[str, object]] = []
+    for backend in backends:
+        mine = losses(backend)
+        apart = max(abs(a - b) for a, b in zip(mine, cpu, strict=True))
+        rows.append(
+            {
+                "backend": backend,
+                "device": device,
+                "losses": mine,
+                "losses_on_cpu": cpu,
+                "largest_difference": apart,
+                "tolerance": TOLERANCES[backend],
+                "holds": apart <= TOLERANCES[backend],
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    print(json.dumps(losses(sys.argv[1])))
+    processes.stop()
