@@ -185,7 +185,7 @@ def show(result: dict[str, Any]) -> None:
             f"{row['largest_difference']:.1e} apart, {verdict} {row['tolerance']:g}"
         )
     if about["dry_run"]:
-        print("dry run: the way is the one on a GPU, the figures mean nothing")
+        print("dry run: both models are of portable blocks, the figures mean nothing")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -93,4 +93,4 @@ def test_the_dry_run_goes_the_whole_way(tmp_path: Path) -> None:
     assert parity["losses"][0] == pytest.approx(8.32, abs=0.1)  # ln 4096, and a little
     log = (tmp_path / "rank_0.log").read_text()
     assert "blockwise" in log
-    assert "dry run: the way is the one on a GPU, the figures mean nothing" in log
+    assert "dry run: both models are of portable blocks, the figures mean nothing" in log
