@@ -95,7 +95,12 @@ def test_the_newest_whole_checkpoint_is_found_with_everything_it_says(tmp_path: 
     assert found.checkpoint is not None
     assert found.notes == ()
     assert found.checkpoint.step == 123456789
-    assert found.checkpoint.state == {"step": 123456789, "samples": 4 * 123456789, "best": 0.1 + 0.2, "validation_loss": None}
+    assert found.checkpoint.state == {
+        "step": 123456789,
+        "samples": 4 * 123456789,
+        "best": 0.1 + 0.2,
+        "validation_loss": None,
+    }
     assert found.checkpoint.marker.samples == 4 * 123456789
 
 
