@@ -15,10 +15,11 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from launch.policy import EXIT_HOPELESS
 from launch.reasons import FOLDER_VARIABLE, VARIABLE, Reason, Reasons
 from megatron_joy.data.caps import check_epochs
 from megatron_joy.data.manifest import load_manifest
-from megatron_joy.errors import UserError, WorkError
+from megatron_joy.errors import HopelessError, UserError, WorkError
 from megatron_joy.recipe import Recipe, check_run_folder
 from megatron_joy.runstate import FENCE_VARIABLE
 from megatron_joy.runstate.lease import refuse_if_held
@@ -245,4 +246,5 @@ def run_local(recipe: Recipe, recipe_name: str, overrides: Sequence[str]) -> int
     world.keep_output()
     log = world.logs / f"rank_{world.failure.rank}.log"
     said = world.failure.message
-    raise WorkError(said if str(log) in said or not log.exists() else f"{said}; its log is {log}")
+    kind = HopelessError if world.failure.exit_code == EXIT_HOPELESS else WorkError
+    raise kind(said if str(log) in said or not log.exists() else f"{said}; its log is {log}")

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from megatron_joy.errors import WorkError
+from megatron_joy.errors import HopelessError, WorkError
 from megatron_joy.recipe.ledger import is_skipped, rollbacks, skipped_updates, with_skipped
 from megatron_joy.train.blame import Culprit, find_culprit, worst_micro_batch
 from megatron_joy.train.features.rollback import Rollback
@@ -93,7 +93,9 @@ class Guard(Feature):
         return ""
 
     def after_step(self, loop: Loop, result: StepResult) -> None:
-        """Carries the decision out. Raises WorkError where the run must stop, for a validation loss too."""
+        """Carries the decision out. Raises WorkError where the run must stop, for a validation loss too; HopelessError
+        where a restart would come to the same.
+        """
         number, finding = loop.run.progress.step, self.finding
         validation = loop.row.get("validation_loss", 0.0)
         if finding is not None:
@@ -115,13 +117,15 @@ class Guard(Feature):
         where = self._where(finding)
         if finding.kind == "nonfinite" and guards.nonfinite == "stop":
             self._say(loop, "nonfinite", f"{finding.what}{where}", finding)
-            raise WorkError(f"step {number}: {finding.what}; {AFTERWARDS}{where}")
+            # What came again when it was computed again comes again after a restart; a machine's fault may not.
+            kind = HopelessError if finding.culprit else WorkError
+            raise kind(f"step {number}: {finding.what}; {AFTERWARDS}{where}")
         if finding.kind == "spike" and guards.spike == "warn":
             self._say(loop, "spike", f"{finding.what}{where}", finding)
             return
         if finding.kind == "spike" and guards.spike == "rollback":
             if rollbacks(loop.run.ledger) >= guards.max_rollbacks:
-                raise WorkError(
+                raise HopelessError(
                     f"step {number}: {finding.what}, and the run has gone back {guards.max_rollbacks} times already "
                     f"(guards.max_rollbacks); {AFTERWARDS}{where}"
                 )
@@ -152,7 +156,7 @@ class Guard(Feature):
         in_a_row = next(n for n in range(number + 1) if number - n not in skipped)
         for count, key in ((in_a_row, "max_skipped_in_a_row"), (len(skipped), "max_skipped")):
             if count >= getattr(guards, key):
-                raise WorkError(
+                raise HopelessError(
                     f"step {number}: {what}; {count} updates are left out now (guards.{key}); the same command goes on "
                     "from the last checkpoint; lower schedule.peak_lr or look at the data named here"
                 )
