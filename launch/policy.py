@@ -70,10 +70,10 @@ def judge(state: State | None, ended: Ended, asked_to_stop: bool, hung: bool) ->
     """How an attempt ended: the run's state first, then the ranks' own reason, exit codes last."""
     if state is not None and state.word == "finished":
         return Outcome.FINISHED
+    if hung:  # also when the ranks could save, as Slurm lets them before it kills them
+        return Outcome.HUNG
     if state is not None and state.word == "stopped":
         return Outcome.STOPPED
-    if hung:
-        return Outcome.HUNG
     code = ended.exit_code if ended.said is None else ended.said
     if code == EXIT_USER_MISTAKE:
         return Outcome.MISTAKE

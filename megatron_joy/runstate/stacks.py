@@ -1,13 +1,14 @@
 """Where a process hangs: SIGUSR1 makes it write the stacks of all its threads, also from within a blocked call.
 
-SIGUSR2 makes it do so and end: what was stopped by somebody, and has been given up, must not go on when it is woken.
+SIGVTALRM makes it do so and end: what was stopped by somebody, and has been given up, must not go on when it is woken.
+Nobody else sends that one, and its default action leaves no core file; SIGUSR2 asks for a stop (platform/stop_request.py).
 """
 
 import faulthandler
 import signal
 from typing import IO
 
-SIGNAL, LAST_SIGNAL = signal.SIGUSR1, signal.SIGUSR2
+SIGNAL, LAST_SIGNAL = signal.SIGUSR1, signal.SIGVTALRM
 HEAD = "Current thread"  # faulthandler's, of the thread that got the signal
 
 

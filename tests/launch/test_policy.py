@@ -17,6 +17,8 @@ FINISHED, STOPPED, RUNNING = (State(1, word, 5) for word in ("finished", "stoppe
         (STOPPED, Ended(1, 1, "killed while leaving"), True, False, Outcome.STOPPED),
         (RUNNING, Ended(0), False, False, Outcome.FAILED),  # srun gives 0 for a dead node
         (RUNNING, Ended(137), False, True, Outcome.HUNG),
+        (STOPPED, Ended(75), False, True, Outcome.HUNG),  # what hung could save when it was woken
+        (FINISHED, Ended(0), False, True, Outcome.FINISHED),
         (RUNNING, Ended(1, 1, "a bug"), False, False, Outcome.FAILED),
         (RUNNING, Ended(1, 1, "a bug"), True, False, Outcome.FAILED),
         (None, Ended(2, 2, "no such shard"), False, False, Outcome.MISTAKE),

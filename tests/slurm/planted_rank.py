@@ -5,10 +5,12 @@ JOY_PLANTED holds JSON: number of an attempt -> [rank, update, action]; the acti
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from megatron_joy.cli.main import main
 from megatron_joy.runstate import FENCE_VARIABLE
@@ -20,8 +22,21 @@ def time_is_up() -> None:
     time.sleep(1.0)  # it arrives while this update is computed
 
 
+def freeze() -> None:
+    """SIGSTOP, as from outside."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def wait_for_the_worst() -> None:
+    """Tells the test that it is time, and goes on with the update when it must have come."""
+    Path(os.environ["JOY_PLANTED_MARK"]).write_text(os.environ["SLURMD_NODENAME"])
+    time.sleep(6)
+
+
 ACTIONS: dict[str, Callable[[], None]] = {
     "time is up": time_is_up,
+    "freeze": freeze,
+    "wait": wait_for_the_worst,
 }
 
 if __name__ == "__main__":

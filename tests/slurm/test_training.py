@@ -11,11 +11,15 @@ import pytest
 from launch.policy import Outcome
 from launch.slurm import jobs_of
 from launch.supervise import read_history
-from tests.slurm_cluster import ROOT, Cluster
+from tests.slurm_cluster import ROOT, Cluster, wait_until
 from tests.train.minuscule import (
     EP2,
+    ONE,
+    STAGED_STEPS,
     STEPS,
+    last_rows,
     make_home,
+    make_staged_home,
     numbers,
     read_lines,
     train,
@@ -29,6 +33,7 @@ first_wait = 0.5
 hang_least = 8.0
 [environment]
 JOY_PLANTED = '{planted}'
+JOY_PLANTED_MARK = "{mark}"
 """
 # What ranks run is replaced by the same with mishaps.
 PYTHON = """#!/bin/bash
@@ -42,12 +47,12 @@ class Launcher:
     """`joy launch slurm` on the test's cluster, with mishaps."""
 
     def __init__(self, slurm: Cluster, home: Path, folder: Path, plan: Plan) -> None:
-        self.slurm, self.home, self.run = slurm, home, folder / "run"
+        self.slurm, self.home, self.run, self.mark = slurm, home, folder / "run", folder / "mark"
         python = folder / "python"
         python.write_text(PYTHON.format(python=sys.executable))
         python.chmod(0o755)
         self.site = folder / "site.toml"
-        self.site.write_text(SITE.format(python=python, planted=json.dumps(plan)))
+        self.site.write_text(SITE.format(python=python, planted=json.dumps(plan), mark=self.mark))
 
     def __call__(self, *arguments: str, code: int = 0) -> "subprocess.CompletedProcess[str]":
         recipe = (str(self.home / "minuscule.toml"), f"run.folder={self.run}", "checkpoint.interval=1")
@@ -71,21 +76,69 @@ class Launcher:
     def outcomes(self, *jobs: str) -> list[Outcome]:
         return [attempt.outcome for job in jobs for attempt in read_history(self.run, f"Slurm job {job}")]
 
+    def printed(self, job: str) -> str:
+        return (self.run / "logs" / f"slurm-{job}.out").read_text()
+
+    @property
+    def numbers(self) -> list[tuple[float, ...]]:
+        return numbers(last_rows(read_lines(self.run / "metrics.jsonl")))
+
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_a_job_whose_time_is_up_goes_on_by_itself_with_the_same_bits(slurm: Cluster, tmp_path: Path) -> None:
+@pytest.mark.timeout(2400)
+def test_a_job_comes_through_its_time_limit_a_hang_and_a_lost_node(slurm: Cluster, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     home = make_home(tmp_path / "home")
-    launch = Launcher(slurm, home, tmp_path, {1: (0, 3, "time is up")})
+    plan: Plan = {1: (0, 3, "time is up"), 2: (1, 6, "freeze"), 3: (1, 7, "wait")}
+    launch = Launcher(slurm, home, tmp_path, plan)
     queued = launch("--nodes", "2", *EP2)
     (job,) = launch.jobs
     assert f"{launch.run}: job {job}, output in {launch.run}/logs/slurm-{job}.out" in queued.stdout
     refused = launch("--nodes", "2", *EP2, code=2)  # it lives
     assert re.search(rf"job {job} .*; wait for it", refused.stderr)
+    wait_until(launch.mark.exists, 1200, "the third attempt")
+    node = launch.mark.read_text()
+    assert slurm.run("squeue", "-h", "-j", job, "-o", "%B") != node  # the batch host lives
+    slurm.kill_node(node)
     slurm.wait_for(job, "COMPLETED", seconds=900)
-    assert launch.outcomes(job) == [Outcome.STOPPED, Outcome.FINISHED]
-    assert read_history(launch.run, f"Slurm job {job}")[0].done == 3
+    first, second, third, last = launch.outcomes(job)
+    assert (first, second, last) == (Outcome.STOPPED, Outcome.HUNG, Outcome.FINISHED)
+    assert third in (Outcome.FAILED, Outcome.HUNG)  # srun may say nothing of a node that is gone
+    stopped, hung, lost, _ = read_history(launch.run, f"Slurm job {job}")
+    assert stopped.done == 3
+    assert re.match(
+        r"hangs in step 6: no sign for .*; rank 1 on n\d is stopped \(SIGSTOP\) after step 5 at ", hung.message
+    )
+    assert "planted_rank.py" in (launch.run / "launch" / "hang_000002.txt").read_text()
+    assert "freeze" in (launch.run / "logs" / "rank_1.log").read_text()
+    assert (lost.message, lost.nodes) == (f"no answer any more from {node}", (node,))
+    assert node not in slurm.run("squeue", "--states=all", "-h", "-j", job, "-o", "%N")
+    assert launch.numbers == numbers(train(home, tmp_path / "quiet", EP2, "checkpoint.interval=1").rows)
+    assert len(launch.numbers) == STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_a_chain_of_stages_ends_through_requeues_and_a_cancelled_job(slurm: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    home = make_staged_home(tmp_path / "home")
+    plan: Plan = {1: (0, 2, "time is up"), 3: (0, 6, "wait"), 5: (0, 9, "time is up")}
+    launch = Launcher(slurm, home, tmp_path, plan)
+    launch("--chain")
+    warmup, decay, long = launch.jobs
+    wait_until(launch.mark.exists, 1200, "the second stage")
+    slurm.run("scancel", decay)
+    slurm.wait_for(decay, "CANCELLED")
+    wait_until(lambda: len(launch.outcomes(decay)) == 1, 60, "its last word")
+    slurm.wait_for(long, "CANCELLED")  # it depends on a stage that did not end
+    assert launch.outcomes(warmup) == [Outcome.STOPPED, Outcome.FINISHED]
+    assert launch.outcomes(decay) == [Outcome.STOPPED]  # it saved before it left
+    launch("--chain")
+    decay, long = launch.jobs
+    slurm.wait_for(long, "COMPLETED", seconds=900)
+    assert launch.outcomes(decay, long) == [Outcome.FINISHED, Outcome.STOPPED, Outcome.FINISHED]
+    quiet = train(home, tmp_path / "quiet", ONE)
+    assert launch.numbers == numbers(quiet.rows)
+    assert len(launch.numbers) == STAGED_STEPS
     rows = read_lines(launch.run / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))  # no step was trained twice
-    assert numbers(rows) == numbers(train(home, tmp_path / "quiet", EP2, "checkpoint.interval=1").rows)
+    assert [row["step"] for row in rows] == list(range(1, STAGED_STEPS + 1))  # no step was trained twice
