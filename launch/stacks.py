@@ -5,6 +5,7 @@ that and ends with it: the attempt has been given up, and must not go on behind 
 Standard library only. It signals only processes whose heartbeat belongs to the attempt and whose command is Python's.
 """
 
+import ctypes
 import json
 import os
 import re
@@ -67,10 +68,17 @@ def _ask(beat: Beat) -> str | None:
     letter = _state(beat.pid)
     if letter is None:
         return None
+    _signal_main_thread(beat.pid, LAST_SIGNAL if letter == "T" else SIGNAL)
     with suppress(OSError):
-        os.kill(beat.pid, LAST_SIGNAL if letter == "T" else SIGNAL)
         os.kill(beat.pid, signal.SIGCONT)
     return letter
+
+
+def _signal_main_thread(pid: int, number: int) -> None:
+    """To the thread whose stack is wanted: what is sent to the process may reach a thread of C++, and the dump then reads
+    the main thread's frames while they change, which has crashed.
+    """
+    ctypes.CDLL(None).tgkill(pid, pid, int(number))  # Linux: a process's main thread has its number
 
 
 def collect(run: Path, fence: int, node: str) -> list[Stack]:
