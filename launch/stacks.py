@@ -75,7 +75,7 @@ def _ask(beat: Beat) -> str | None:
 
 
 def _signal_main_thread(pid: int, number: int) -> None:
-    """To the thread whose stack is wanted: what is sent to the process may reach a thread of C++, and the dump then reads
+    """To the thread whose stack is wanted: what is sent to a process may reach a thread of C++, whose dump then reads
     the main thread's frames while they change, which has crashed.
     """
     ctypes.CDLL(None).tgkill(pid, pid, int(number))  # Linux: a process's main thread has its number
