@@ -2,9 +2,9 @@
 
     python benchmarks/gpu/portable.py [--steps 8] [--out FILE] [k=v ...]
 
-Models have the true widths of joyai_48b_a3b with fewer layers: 4 with 32 experts, and 2 with all 256. For each and for both
-optimizers the median step, tokens a second, MFU against the GPU's dense BF16 peak and the peak of memory. Then the losses
-of a tiny model in fp32 against the CPU's. Exit code 1 where those differ, 2 without a GPU.
+Models have the true widths of joyai_48b_a3b with fewer layers: 4 with 32 experts, and 2 with all 256. For each and for
+both optimizers the median step, tokens a second, MFU against the GPU's dense BF16 peak and the peak of memory. Then the
+losses of a tiny model in fp32 against the CPU's. Exit code 1 where those differ, 2 without a GPU.
 """
 
 import argparse

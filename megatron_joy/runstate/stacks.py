@@ -1,7 +1,7 @@
 """Where a process hangs: SIGUSR1 makes it write the stacks of all its threads, also from within a blocked call.
 
 SIGVTALRM makes it do so and end: what was stopped by somebody, and has been given up, must not go on when it is woken.
-Nobody else sends that one, and its default action leaves no core file; SIGUSR2 asks for a stop (platform/stop_request.py).
+Nobody else sends that one, and its default action leaves no core file; SIGUSR2 asks for a stop (platform/stop_request).
 """
 
 import faulthandler
