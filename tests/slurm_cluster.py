@@ -140,6 +140,7 @@ class Cluster:
     def start_node(self, node: str) -> None:
         """Starts a node's slurmd, and waits until Slurm gives it work."""
         (self.root / "state" / node).mkdir(parents=True, exist_ok=True)
+        (self.root / "run" / f"{node}.pid").unlink(missing_ok=True)  # of the slurmd that was killed
         self.run("slurmd", "-N", node)
         self.daemons[node] = self._daemon(node)
         shown = ("sinfo", "-hN", "-n", node, "-p", "main", "-o", "%t")

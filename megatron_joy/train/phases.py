@@ -78,7 +78,7 @@ class Phases:
         finally:
             self.end()
 
-    def call(self, phase: str | None, function: Callable[..., object], *arguments: Any, **more: Any) -> None:
+    def call(self, phase: str | None, function: Callable[..., object], /, *arguments: Any, **more: Any) -> None:
         """Calls a function in a phase."""
         with self(phase):
             function(*arguments, **more)

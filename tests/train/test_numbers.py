@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron_joy.cli.main import HOPELESS, WORK_FAILED
 from megatron_joy.recipe import load_recipe
 from tests.gloo import run_world
 from tests.train.conftest import Unbroken
@@ -123,11 +124,11 @@ def _spoil_after_step(step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "at", "said", "steps"),
+    ("before", "at", "said", "steps", "comes_again"),
     [
-        (_spoil_before_step, 6, "step 6: the loss is nan; nothing of this step is saved", 6),
-        (_spoil_after_step, 6, "step 6: the update made weights NaN or infinite; they are not saved", 6),
-        (_spoil_after_step, 4, "step 5: the loss is nan; nothing of this step is saved", 5),
+        (_spoil_before_step, 6, "step 6: the loss is nan; nothing of this step is saved", 6, True),
+        (_spoil_after_step, 6, "step 6: the update made weights NaN or infinite; they are not saved", 6, False),
+        (_spoil_after_step, 4, "step 5: the loss is nan; nothing of this step is saved", 5, True),
     ],
     ids=["before a step", "in a step with a checkpoint", "in a step without one"],
 )
@@ -139,9 +140,10 @@ def test_numbers_that_are_none_stop_the_run_and_are_not_saved(
     at: int,
     said: str,
     steps: int,
+    comes_again: bool,
 ) -> None:
     failed = train(home, tmp_path / "run", EP2, before=before, inputs=(at,))
-    assert failed.codes == [1, 1]
+    assert failed.codes == [HOPELESS if comes_again else WORK_FAILED] * 2
     (line,) = [line for line in failed.printed[0].splitlines() if line.startswith("error: ")]
     assert said in line
     assert "Traceback" not in failed.printed[0]
@@ -155,7 +157,7 @@ def test_numbers_that_are_none_stop_the_run_and_are_not_saved(
 
 def test_a_wild_learning_rate_ends_with_one_line(home: Path, tmp_path: Path) -> None:
     failed = train(home, tmp_path / "run", ONE, "schedule.peak_lr=1e30", "optimizer.clip_grad=0")
-    assert failed.codes == [1]
+    assert failed.codes == [HOPELESS]
     (line,) = [line for line in failed.printed[0].splitlines() if line.startswith("error: ")]
     assert "lower schedule.peak_lr" in line
     rows = failed.rows
