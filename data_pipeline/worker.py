@@ -21,7 +21,7 @@ import psutil
 from data_pipeline.config import load_pipeline
 from data_pipeline.engine import Engine, Job, load_plan, make_plan, save_plan
 from data_pipeline.stages import STAGES
-from megatron_joy.errors import UserError, WorkError
+from megatron_joy.errors import UserError, WorkError, exit_code
 
 
 def open_engine(pipeline: str, overrides: Sequence[str]) -> Engine:
@@ -97,17 +97,5 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def main() -> int:
-    """Entry point: 0 on success, 2 on a user's mistake, 1 on a failure of the work, each with one line."""
-    try:
-        return run(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (WorkError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(run, sys.argv[1:]))

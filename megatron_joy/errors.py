@@ -1,4 +1,7 @@
-"""The two ways a command may fail. The command line maps them to exit codes 2 and 1 without a traceback."""
+"""The ways a command may fail. The command line maps them to exit codes 2, 1 and 93 without a traceback."""
+
+import sys
+from collections.abc import Callable, Sequence
 
 
 class UserError(Exception):
@@ -14,3 +17,12 @@ class WorkError(Exception):
 
 class HopelessError(WorkError):
     """The work failed and would fail the same way again: exit code 93, which says "do not restart"."""
+
+
+def exit_code(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Runs a small program: its own exit code, or 2 on a mistake, 1 on failed work, each with one line on stderr."""
+    try:
+        return command(arguments)
+    except (UserError, WorkError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1

@@ -24,7 +24,7 @@ from data_pipeline.readers.open import read_piece
 from data_pipeline.transform.base import Draft, TransformSection
 from data_pipeline.transform.chain import Chain, sections_for
 from megatron_joy.data.atomic import atomic_file, write_atomically
-from megatron_joy.errors import UserError
+from megatron_joy.errors import UserError, exit_code
 
 BATCH = 100_000  # rows that are handed to the sorter at a time
 
@@ -105,14 +105,5 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def main() -> int:
-    """Entry point: 0 on success, 2 on a user's mistake with one line."""
-    try:
-        return run(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(run, sys.argv[1:]))

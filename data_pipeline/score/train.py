@@ -11,7 +11,7 @@ from pathlib import Path
 import orjson
 
 from data_pipeline.score.linear import LinearScorer, save_linear, train_linear
-from megatron_joy.errors import UserError
+from megatron_joy.errors import UserError, exit_code
 
 HELD_OUT = 10
 
@@ -63,14 +63,5 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def main() -> int:
-    """Entry point: 0 on success, 2 on a user's mistake with one line."""
-    try:
-        return run(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(run, sys.argv[1:]))
