@@ -148,7 +148,9 @@ class World:
     def _look(self) -> None:
         """Notes the first failure and begins the others' time of grace."""
         codes = self.exit_codes()
-        self._told += self.reasons.received()
+        if told := self.reasons.received():
+            self._told += told
+            codes = self.exit_codes()  # anew: the death of which a rank complains came before its complaint
         if self.failure is None and not self.cut_short:
             self.failure = self._first_failure(codes)
         left_early = self.asked_to_stop and -signal.SIGTERM in codes

@@ -8,8 +8,11 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from launch.reasons import Reason, tell_launcher
 from megatron_joy.platform.rank import rank_info
@@ -19,7 +22,9 @@ RANK = rank_info().rank
 
 def note_pid(folder: str) -> None:
     """Leaves this process's id where the test finds it."""
-    (Path(folder) / f"pid_{RANK}").write_text(str(os.getpid()))
+    file = Path(folder) / f"pid_{RANK}"
+    file.with_suffix(".new").write_text(str(os.getpid()))
+    file.with_suffix(".new").rename(file)
 
 
 def checkpoint_on_term(code: int) -> None:
@@ -39,6 +44,14 @@ def ignores_interrupts(code: int) -> None:
         os._exit(code)
 
 
+def outlive(path: str) -> None:
+    """Waits for the end of the process whose id the file holds."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(int(Path(path).read_text()))
+        while process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.02)
+
+
 ACTIONS = {
     "note_pid": note_pid,
     "checkpoint_on_term": checkpoint_on_term,
@@ -49,6 +62,7 @@ ACTIONS = {
     "print": lambda text: print(text, flush=True),
     "complain": lambda text: print(text, flush=True, file=sys.stderr),
     "wait_for": lambda path: [time.sleep(0.02) for _ in iter(lambda: Path(path).exists(), True)],
+    "outlive": outlive,
     "kill": lambda number: os.kill(os.getpid(), number),
     "exit": lambda code: os._exit(code),
 }

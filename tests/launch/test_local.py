@@ -72,10 +72,10 @@ def test_a_killed_rank_is_named_with_its_signal_and_the_others_are_ended(play: P
 
 
 def test_a_killed_rank_is_the_cause_of_what_others_say_at_once(play: Play, tmp_path: Path) -> None:
-    died = ["wait_for", str(tmp_path / "pid_1")]
+    started, died = (["wait_for", str(tmp_path / "pid_1")], ["outlive", str(tmp_path / "pid_1")])
     said = ["tell", [1, "rank 0: RuntimeError: Connection closed by peer"]]
     with pytest.raises(WorkError, match=r"^rank 1 was killed by SIGABRT$"):
-        play([[died, said, ["exit", 1]], [["note_pid", str(tmp_path)], ["kill", int(signal.SIGABRT)]]])
+        play([[started, died, said, ["exit", 1]], [["note_pid", str(tmp_path)], ["kill", int(signal.SIGABRT)]]])
 
 
 def test_the_first_reason_is_said_whatever_rank_it_comes_from(play: Play, tmp_path: Path) -> None:
