@@ -16,6 +16,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,7 +87,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         size = sum(file.stat().st_size for file in path.iterdir())
     processes.stop()
     return figures(alone, beside, outcomes) | {
-        "copy_cpu_seconds": round(statistics.median(copying[1:]), 3),
+        "copy_cpu_seconds": of_later_saves(copying),
         "writer_cpu_seconds": round(statistics.median(writing), 3),
         "recipe": recipe.name,
         "threads": arguments.threads,
@@ -110,6 +111,11 @@ def time_the_writer() -> list[float]:
     return seconds
 
 
+def of_later_saves(seconds: Sequence[float]) -> float | None:
+    """Median without the first save, which makes the buffers; None where it was the only one."""
+    return round(statistics.median(seconds[1:]), 3) if len(seconds) > 1 else None
+
+
 def figures(alone: list[Seconds], beside: list[list[Seconds]], outcomes: list[Outcome]) -> dict[str, Any]:
     """Medians; the first save, which makes the buffers, apart from the others."""
     steps = [step for cycle in beside for step in cycle]
@@ -125,7 +131,7 @@ def figures(alone: list[Seconds], beside: list[list[Seconds]], outcomes: list[Ou
         }
     return told | {
         "first_waited_seconds": round(outcomes[0].waited, 3),
-        "waited_seconds": round(statistics.median(one.waited for one in outcomes[1:]), 3),
+        "waited_seconds": of_later_saves([one.waited for one in outcomes]),
         "seconds_to_commit": round(statistics.median(one.seconds for one in outcomes), 2),
     }
 

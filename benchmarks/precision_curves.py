@@ -26,6 +26,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "precision.fp8.recipe=tensorwise",
         "precision.fp8.emulate=true",
     ),
+    "bf16, FP8 delayed": (
+        "precision.params_dtype=bf16",
+        "precision.fp8.recipe=delayed",
+        "precision.fp8.emulate=true",
+    ),
     "fp32, another seed": ("precision.params_dtype=fp32", "seed=4321"),
 }
 

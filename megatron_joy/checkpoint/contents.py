@@ -2,8 +2,10 @@
 
 Names are Megatron-core's: a weight has its sharded key, its optimizer state 'optimizer.state.<kind>.<sharded key>'
 with kind 'exp_avg', 'exp_avg_sq' (AdamW), 'momentum_buffer' (Muon) and, where weights aren't fp32, 'param' for the fp32
-master weight. How many optimizers are chained (for dense weights, for experts, by algorithm) leaves no trace. What
-belongs to no tensor, the number of updates, is in the marker; learning rates and weight decay follow from the recipe.
+master weight. Beside it are, of each product with delayed FP8 scaling, 'fp8_<direction>_scale' [experts, kinds] and
+'fp8_<direction>_amaxes' [history, experts, kinds], under its weight's key; a dense weight is one expert. How many
+optimizers are chained (for dense weights, for experts, by algorithm) leaves no trace. What belongs to no tensor, the
+number of updates, is in the marker; learning rates and weight decay follow from the recipe.
 """
 
 import io
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_joy.checkpoint.boxes import Box, Boxes, Index, Piece, boxes_of_range
+from megatron_joy.model.scales import states_of
 from megatron_joy.optim.build import parts
 from megatron_joy.optim.muon import BUFFER as MUON_BUFFER
 from megatron_joy.platform.process import Process  # before Megatron-core, which it makes importable without a GPU
@@ -34,6 +37,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 OPTIMIZER_PREFIX = "optimizer.state."
 MASTER = "param"
+FP8_PREFIX = f"{OPTIMIZER_PREFIX}fp8_"
 
 Pieces = dict[int, tuple[Tensor, list[Piece]]]  # id of a local tensor -> the tensor and where its parts lie
 
@@ -148,9 +152,30 @@ def optimizer_boxes(pieces: Pieces, optimizer: Any, to_write: bool) -> dict[str,
     return collector.result()
 
 
+def scale_boxes(pieces: Pieces, chunks: Sequence[Any], process: Process, to_write: bool) -> dict[str, Boxes]:
+    """State of delayed FP8 scaling. Ranks of a pipeline stage have the same, but for experts that are spread."""
+    groups, boxes = process.groups, dict[str, Boxes]()
+    for product in (product for chunk in unwrapped(chunks) for product in states_of(chunk)):
+        piece = pieces[id(product.weight)][1][0]
+        routed = ".experts." in piece.key
+        experts, first = (piece.global_shape[0], piece.offset[0]) if routed else (1, 0)
+        copies = (groups.expt_tp, groups.expt_dp) if routed else (groups.tp, groups.dp_cp)
+        if to_write and any(group.rank() for group in copies):
+            continue
+        for direction, state in product.by_direction.items():
+            scale = state.scale.view(product.experts, -1)
+            amaxes = state.amaxes.view(len(state.amaxes), product.experts, -1)
+            key = f"{FP8_PREFIX}{direction}_{{}}.{piece.key}"
+            shape = (experts, scale.shape[-1])
+            boxes[key.format("scale")] = Boxes(shape, [Box((first, 0), scale)])
+            boxes[key.format("amaxes")] = Boxes((len(amaxes), *shape), [Box((0, first, 0), amaxes)])
+    return boxes
+
+
 def optimizer_of(keys: Iterable[str]) -> str | None:
     """The `optimizer.name` whose state these tensors are; None for weights alone. Muon has AdamW for the rest."""
-    kinds = {key.removeprefix(OPTIMIZER_PREFIX).partition(".")[0] for key in keys if key.startswith(OPTIMIZER_PREFIX)}
+    own = [key for key in keys if key.startswith(OPTIMIZER_PREFIX) and not key.startswith(FP8_PREFIX)]
+    kinds = {key.removeprefix(OPTIMIZER_PREFIX).partition(".")[0] for key in own}
     if not kinds:
         return None
     return "muon" if MUON_BUFFER in kinds else "adamw"

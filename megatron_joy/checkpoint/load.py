@@ -11,10 +11,12 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_joy.checkpoint.boxes import Boxes
 from megatron_joy.checkpoint.contents import (
+    FP8_PREFIX,
     OPTIMIZER_PREFIX,
     optimizer_boxes,
     optimizer_of,
     pieces_of,
+    scale_boxes,
     set_updates_done,
     weight_boxes,
 )
@@ -34,6 +36,7 @@ from megatron_joy.errors import UserError, WorkError
 from megatron_joy.platform.process import Process
 
 NAMED = 3  # keys that an error lists
+SCALE_DIMENSIONS = 2  # of a tensor of FP8 scales; amaxes have the history as well
 
 
 def choose(folder: Path, process: Process, unless: Callable[[Checkpoint], str | None] = lambda _: None) -> Choice:
@@ -70,7 +73,8 @@ def load_checkpoint(
     """Fills this rank's model chunks and optimizer in place, whatever layout wrote them; all ranks call it together.
 
     `optimizer` None reads the weights alone. Returns the training loop's `state`. The optimizer's master weights,
-    moments and count of updates become those that were saved, so the next step's bits are those of an unbroken run.
+    moments, delayed FP8 scales and count of updates become those that were saved, so the next step's bits are those of
+    an unbroken run. Delayed scales that it hasn't (or of another history) begin anew: the recipe was changed.
 
     Raises UserError on all ranks, nothing changed, when the checkpoint and the model don't have the same tensors of the
     same shapes (the first keys are named) or it has no optimizer state; WorkError when a file can't be read, after
@@ -79,7 +83,7 @@ def load_checkpoint(
     try:
         reader, wanted, named = each(lambda: _prepare(checkpoint, chunks, optimizer, process))
         _check_totality(checkpoint, reader, named, with_optimizer=optimizer is not None)
-        together(lambda: _read(checkpoint, reader, wanted))
+        together(lambda: _read(checkpoint, reader, _begin_anew(reader, wanted)))
     except RanksFailed as failure:
         raise WorkError(f"{checkpoint.path} could not be loaded: {failure}") from None
     if optimizer is not None:
@@ -94,12 +98,27 @@ def _prepare(
 
     Between them all ranks would write each tensor; if each named all that it has, thousands would name the same.
     """
+    reader = Reader(checkpoint)
     pieces = pieces_of(chunks, process)
     wanted, written = (weight_boxes(pieces, to_write, optimizer) for to_write in (False, True))
     if optimizer is not None:
         wanted |= optimizer_boxes(pieces, optimizer, to_write=False)
         written |= optimizer_boxes(pieces, optimizer, to_write=True)
-    return Reader(checkpoint), wanted, {key: tuple(boxes.shape) for key, boxes in written.items()}
+        wanted |= scale_boxes(pieces, chunks, process, to_write=False)
+    return reader, wanted, {key: tuple(boxes.shape) for key, boxes in written.items()}
+
+
+def _begin_anew(reader: Reader, wanted: dict[str, Boxes]) -> dict[str, Boxes]:
+    """What is left to be read, once delayed FP8 scales that the checkpoint lacks are those of no history."""
+    left = {}
+    for key, whole in wanted.items():
+        stored = reader.tensors.get(key)
+        if not key.startswith(FP8_PREFIX) or (stored is not None and tuple(stored.size) == tuple(whole.shape)):
+            left[key] = whole
+            continue
+        for box in whole.boxes:
+            box.data.fill_(1.0 if whole.dim() == SCALE_DIMENSIONS else 0.0)
+    return left
 
 
 def _check_totality(
@@ -111,7 +130,7 @@ def _check_totality(
     shapes: dict[str, tuple[int, ...]] = {}
     for share in together(lambda: named):
         shapes |= share
-    stored = {key: tuple(entry.size) for key, entry in reader.tensors.items()}
+    stored = {key: tuple(entry.size) for key, entry in reader.tensors.items() if not key.startswith(FP8_PREFIX)}
     if with_optimizer:
         _check_optimizer(checkpoint, optimizer_of(stored), optimizer_of(shapes))
     else:

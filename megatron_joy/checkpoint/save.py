@@ -21,6 +21,7 @@ from megatron_joy.checkpoint.contents import (
     megatron_object,
     optimizer_boxes,
     pieces_of,
+    scale_boxes,
     updates_done,
     weight_boxes,
     write_megatron_config,
@@ -118,6 +119,7 @@ def tensors_of(save: Save, chunks: Sequence[Any], optimizer: Any | None) -> tupl
     tensors: Tensors = dict(weight_boxes(pieces, to_write=True, optimizer=optimizer))
     if optimizer is not None:
         tensors |= optimizer_boxes(pieces, optimizer, to_write=True)
+        tensors |= scale_boxes(pieces, chunks, save.process, to_write=True)
     if save.process.is_first_rank:
         tensors |= megatron_object(save.step)
     return tensors, None if optimizer is None else updates_done(optimizer)

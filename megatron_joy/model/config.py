@@ -101,7 +101,14 @@ def _fp8(recipe: Recipe) -> dict[str, Any]:
     if fp8.recipe == "off" or fp8.emulate or transformer_engine_problem() is not None:
         return {}
     # Transformer Engine's FP8 products want whole groups of tokens for each expert.
-    return {"fp8": fp8.format, "fp8_recipe": fp8.recipe, "moe_router_padding_for_quantization": True}
+    told: dict[str, Any] = {"fp8": fp8.format, "fp8_recipe": fp8.recipe, "moe_router_padding_for_quantization": True}
+    if fp8.recipe == "delayed":
+        told |= {
+            "fp8_amax_history_len": fp8.amax_history_len,
+            "fp8_amax_compute_algo": fp8.amax_compute_algo,
+            "fp8_margin": fp8.margin,
+        }
+    return told
 
 
 def transformer_config(recipe: Recipe) -> MLATransformerConfig:

@@ -23,12 +23,19 @@ def nearest_split(layers: int, chunks: int) -> list[int]:
 
 def gradient_format(recipe: Recipe) -> str | None:
     """Fine groups need no wide exponent (DeepSeek-V3, section 3.3.2); a whole tensor's gradients do."""
-    return {"off": None, "tensorwise": "hybrid"}.get(recipe.precision.fp8.recipe, "e4m3")
+    return {"off": None, "tensorwise": "hybrid", "delayed": "hybrid"}.get(recipe.precision.fp8.recipe, "e4m3")
+
+
+def history_length(recipe: Recipe) -> int | None:
+    """Transformer Engine's own; the newest amax needs no history."""
+    fp8 = recipe.precision.fp8
+    return None if fp8.recipe != "delayed" else 1 if fp8.amax_compute_algo == "most_recent" else 1024
 
 
 DERIVED: dict[str, Callable[[Recipe], Any]] = {
     "layout.pipeline_layer_counts": equal_split,
     "precision.fp8.format": gradient_format,
+    "precision.fp8.amax_history_len": history_length,
     "optimizer.muon_dtype": lambda recipe: recipe.precision.params_dtype,
     "run.folder": lambda recipe: f"runs/{recipe.name}",
 }
@@ -78,6 +85,23 @@ MOOT: tuple[Moot, ...] = (
             "no product is in FP8",
         )
         for key in ("format", "high_precision", "emulate")
+    ),
+    *(
+        Moot(
+            f"precision.fp8.{key}",
+            ("precision.fp8.recipe",),
+            lambda recipe: recipe.precision.fp8.recipe != "delayed",
+            "only delayed scaling looks back",
+        )
+        for key in ("amax_history_len", "amax_compute_algo", "margin")
+    ),
+    Moot(
+        "precision.fp8.amax_history_len",
+        ("precision.fp8.amax_compute_algo",),
+        lambda recipe: (
+            recipe.precision.fp8.amax_compute_algo == "most_recent" and (recipe.precision.fp8.amax_history_len or 1) > 1
+        ),
+        "only the newest amax is looked at",
     ),
     Moot(
         "layout.virtual_pipeline_model_parallel_size",

@@ -27,7 +27,7 @@ MAY_CHANGE: dict[str, bool] = {
     "layout": True,
     # Optimizer state of another format would be read as if it were this one.
     "precision": False,
-    # Rounds the operands of products; no weight and no state is stored in it.
+    # Rounds the operands of products; no weight is stored in it. Delayed scales that a checkpoint lacks begin anew.
     "precision.fp8": True,
     # What the next updates read may change, at a stage or by an edit. What is done may not: `ledger.check_history`
     # holds that against the checkpoint, and the ledger keeps the blends.

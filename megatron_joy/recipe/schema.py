@@ -117,13 +117,21 @@ FP8_PARTS: tuple[Fp8Part, ...] = get_args(Fp8Part)
 class Fp8Section(Section):
     """FP8 matrix products. Embedding, head, router, norms and the attention core never have them."""
 
-    recipe: Literal["off", "tensorwise", "blockwise", "mxfp8"] = Field(
+    recipe: Literal["off", "delayed", "tensorwise", "blockwise", "mxfp8"] = Field(
         "off",
-        description="What shares a scale: a tensor (current amax), 1x128 and 128x128 blocks, or 1x32 (Blackwell).",
+        description="What shares a scale: a tensor (amaxes of earlier ones, or its own), 1x128 and 128x128 blocks, or "
+        "1x32 (Blackwell).",
     )
     format: Literal["e4m3", "hybrid"] | None = Field(
-        None, description="Gradients in E4M3 or in E5M2 (hybrid); derived: hybrid for tensorwise, else e4m3."
+        None, description="Gradients in E4M3 or in E5M2 (hybrid); derived: hybrid for whole tensors, else e4m3."
     )
+    amax_history_len: PositiveInt | None = Field(
+        None, description="Amaxes that a delayed scale looks back on; derived: 1024, with most_recent 1."
+    )
+    amax_compute_algo: Literal["max", "most_recent"] = Field(
+        "max", description="Which amax of the history a delayed scale follows from."
+    )
+    margin: NonNegativeInt = Field(0, description="Powers of two that a delayed scale leaves above the amax.")
     high_precision: list[Fp8Part] = Field(
         default_factory=list, description="Parts whose products stay in params_dtype, in the MTP layer too."
     )

@@ -14,7 +14,7 @@ from .guard_rules import rollback_needs_checkpoints, spike_signals
 from .schema import FP8_PARTS, Fp8Part, Recipe, SourceEntry
 from .stage_rules import stage_problems, stage_views, sum_problem
 
-FP8_WIDTHS = {"tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+FP8_WIDTHS = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 ALIGNED = 8  # values: 16 bytes in bf16, which grouped matrix products want of every row
 
 
@@ -345,6 +345,17 @@ def _fp8_backend(recipe: Recipe) -> str | None:
     )
 
 
+def _fp8_recompute(recipe: Recipe) -> str | None:
+    """A recomputed forward pass would find other scales than the first one; Transformer Engine keeps them for it."""
+    fp8 = recipe.precision.fp8
+    if fp8.recipe != "delayed" or not fp8.emulate or recipe.train.recompute == "none":
+        return None
+    return (
+        f"train.recompute = {format_value(recipe.train.recompute)}: emulated delayed scaling can't compute a forward "
+        'pass again, its scales have moved on; set train.recompute = "none" or precision.fp8.recipe = "tensorwise"'
+    )
+
+
 def _profile(recipe: Recipe) -> str | None:
     window, ranks, steps = recipe.run.profile_steps, recipe.run.profile_ranks, recipe.train.steps
     if window is None:
@@ -412,6 +423,7 @@ RULES: tuple[Rule, ...] = (
     Rule(("precision.fp8", "layout", "model"), _fp8_widths),
     Rule(("precision.fp8",), _fp8_parts),
     Rule(("precision.fp8.emulate", "model.backend"), _fp8_backend),
+    Rule(("precision.fp8", "train.recompute"), _fp8_recompute),
     Rule(("layout.context_parallel_size", "data.sequence_length"), _context),
     Rule(("layout", "data.sequence_length", "train.micro_batch_size", "model.num_attention_heads"), _sequence_shards),
     Rule(("layout.data_parallel_size", "train.global_batch_size", "train.micro_batch_size"), _batch),

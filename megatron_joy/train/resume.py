@@ -97,13 +97,16 @@ def look_back(run: Run) -> Past:
     if "ledger" not in state:
         run.ledger = _with_decisions(_first(run.recipe, repeated), saved, run.recipe, 0)
         return Past(checkpoint, choice.notes)
-    check_history(load_recipe(str(checkpoint.recipe_path)), run.recipe, done)
+    old = load_recipe(str(checkpoint.recipe_path))
+    check_history(old, run.recipe, done)
     before = from_json(state["ledger"])
     run.ledger = _with_decisions(before, saved, run.recipe, done)
     run.progress.step = done
     notes = list(choice.notes)
     if run.ledger[-1] != before[-1] and not run.ledger[-1].reason and run.ledger[-1].from_step == done:
         notes.append(f"the recipe's blend was changed: the new one holds from update {done + 1} on")
+    if run.recipe.precision.fp8.recipe == "delayed" and run.recipe.precision.fp8 != old.precision.fp8:
+        notes.append("precision.fp8 was changed: delayed scales that the checkpoint doesn't have begin anew")
     if decides_after(saved or (), done) and run.ledger != saved:
         notes.append(f"a guard's decisions about update {done + 1} and later ones are dropped: the recipe was changed")
     return Past(checkpoint, notes, dict(state["sources"]))

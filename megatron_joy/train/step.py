@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_joy.data.batch import Batch
 from megatron_joy.model.balance import balanced
 from megatron_joy.model.rope import set_rotary_base
+from megatron_joy.model.scales import ScaleKeeper
 from megatron_joy.optim.build import build_optimizer, parts, set_learning_rate, set_weight_decay
 from megatron_joy.optim.layout import buffer_layout
 from megatron_joy.optim.update import gradient_norm, make_update
@@ -86,6 +87,7 @@ class Trainer:
         self.chunks = [self._replicated(chunk, ddp, first=i == 0) for i, chunk in enumerate(chunks)]
         self.optimizer = build_optimizer(recipe, process, self.chunks)
         self.router_load = RouterLoad(chunks, process)
+        self.scales = ScaleKeeper(recipe, process.groups, chunks)
         config.finalize_model_grads_func = self._finalize
         config.grad_scale_func = self.optimizer.scale_loss
         timers = Timers(self.phases)
@@ -129,13 +131,13 @@ class Trainer:
     def step(self, number: int, batches: Sequence[Batch]) -> StepResult:
         """Runs update `number` (from 1) on this rank's micro-batches of the step.
 
-        Computed in full but not made when somebody who hears of it sets `refused`: weights, optimizer state and router
-        biases then stay what they were.
+        Computed in full but not made when somebody who hears of it sets `refused`: weights, optimizer state, router
+        biases and FP8 scales then stay what they were.
         """
         self.refused = None
         rate = self.timetable.at(number).learning_rate
         set_learning_rate(self.optimizer, rate)
-        biases = self.router_load.biases()
+        biases, scales = self.router_load.biases(), self.scales.copies()
         self.tell("before_forward", batches)
         self._clear()
         losses = self._run(batches, forward_only=False)
@@ -147,6 +149,7 @@ class Trainer:
                 make_update(self.optimizer, grad_norm)
         else:
             self.router_load.put_back(biases)
+            self.scales.put_back(scales)
         return StepResult(
             loss=losses.main,
             mtp_loss=losses.mtp,
@@ -167,13 +170,14 @@ class Trainer:
     def compute_alone(self, batches: Sequence[Batch]) -> Losses:
         """Forward and backward on this rank's micro-batches without what follows; all ranks call it together.
 
-        Gradients stay each rank's own sums, in `main_grad`; router biases and counters stay what they were.
+        Gradients stay each rank's own sums, in `main_grad`; router biases, counters and FP8 scales stay what they were.
         """
         config, biases = self.models[0].config, self.router_load.biases()
         finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
         try:
             self._clear()
-            return self._run(batches, forward_only=False)
+            with self.scales.kept():
+                return self._run(batches, forward_only=False)
         finally:
             config.finalize_model_grads_func = finalize
             self.router_load.put_back(biases)
@@ -189,11 +193,12 @@ class Trainer:
 
     @torch.no_grad()  # with gradients enabled the routers would count these tokens and move their biases by them
     def evaluate(self, batches: Sequence[Batch]) -> Losses:
-        """Mean losses without touching weights, router biases or counters."""
+        """Mean losses without touching weights, router biases, counters or FP8 scales."""
         for chunk in self.chunks:
             chunk.eval()
         try:
-            return self._run(batches, forward_only=True)
+            with self.scales.kept():
+                return self._run(batches, forward_only=True)
         finally:
             for chunk in self.chunks:
                 chunk.train()
@@ -203,6 +208,7 @@ class Trainer:
             main_tokens, mtp_tokens, attended = self._global_counts(batches)
         weight = main_tokens / max(mtp_tokens, 1)
         rows = [MicroBatch(batch, weight) for batch in batches]
+        self.scales.begin()
         several = len(self.chunks) > 1
         packed = self.process.groups.cp.size() == 1
         size, row = batches[0].tokens.shape

@@ -1,12 +1,15 @@
 """FP8 in the model: which matrices have it, that tensor parallelism changes nothing, and what can't run is refused."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
 from megatron_joy.errors import UserError
+from megatron_joy.model import config
 from megatron_joy.model.backends.emulated import emulated_blocks
 from megatron_joy.model.backends.portable import BLOCKS
 from megatron_joy.model.backends.select import blocks_of, fp8_blocks
@@ -62,8 +65,9 @@ def parallel_mlp() -> tuple[Tensor, ...]:
     """On each of two ranks: column then row linear with sequence parallelism; output, input's gradient, weights'."""
     recipe = small_recipe(layout={"tensor_model_parallel_size": 2})
     platform.start(recipe.layout, recipe.seed)
-    config, blocks, rank = transformer_config(recipe), emulated_blocks(BLOCKWISE), torch.distributed.get_rank()
-    common: dict[str, Any] = {"config": config, "init_method": lambda w: w, "bias": False, "is_expert": False}
+    blocks, rank = emulated_blocks(BLOCKWISE), torch.distributed.get_rank()
+    common: dict[str, Any] = {"init_method": lambda w: w, "bias": False, "is_expert": False}
+    common["config"] = transformer_config(recipe)
     column = blocks.column_linear(256, 512, gather_output=False, skip_bias_add=True, **common)
     row = blocks.row_linear(512, 256, input_is_parallel=True, skip_bias_add=True, **common)
     x, first, second, weights = whole_inputs()
@@ -103,6 +107,34 @@ def test_without_transformer_engine_fp8_is_refused_with_the_way_out() -> None:
         UserError, match=r"precision\.fp8\.recipe: \"blockwise\" runs in .* set precision\.fp8\.emulate"
     ):
         fp8_blocks(section, BLOCKS)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "found", "needed"),
+    [("mxfp8", (9, 0), "10.0"), ("blockwise", (8, 9), "9.0"), ("delayed", (8, 0), "8.9")],
+)
+def test_a_gpu_that_cannot_multiply_under_a_scaling_is_one_line(
+    scaling: str, found: tuple[int, int], needed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: found)
+    section = Fp8Section(recipe=scaling, format="e4m3")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=f'"{scaling}" needs compute capability {needed}, this GPU has {found[0]}'):
+        fp8_blocks(section, replace(BLOCKS, name="te"))
+
+
+def test_transformer_engine_hears_of_delayed_scaling_through_megatron_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "transformer_engine_problem", lambda: None)
+    keys = {"recipe": "delayed", "format": "hybrid", "amax_history_len": 16, "margin": 1, "emulate": False}
+    told = config._fp8(recipe_with(**keys))
+    assert told == {
+        "fp8": "hybrid",
+        "fp8_recipe": "delayed",
+        "fp8_amax_history_len": 16,
+        "fp8_amax_compute_algo": "max",
+        "fp8_margin": 1,
+        "moe_router_padding_for_quantization": True,
+    }
+    assert set(told) <= set(MLATransformerConfig.__dataclass_fields__)
 
 
 def test_without_fp8_there_are_no_other_blocks() -> None:

@@ -16,7 +16,8 @@ def refusal(*overrides: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("scaling", "gradients"), [("off", None), ("tensorwise", "hybrid"), ("blockwise", "e4m3"), ("mxfp8", "e4m3")]
+    ("scaling", "gradients"),
+    [("off", None), ("delayed", "hybrid"), ("tensorwise", "hybrid"), ("blockwise", "e4m3"), ("mxfp8", "e4m3")],
 )
 def test_the_gradients_format_follows_from_the_recipe_and_can_be_set(scaling: str, gradients: str | None) -> None:
     assert load_recipe(TINY, [ROPE, f"precision.fp8.recipe={scaling}"]).precision.fp8.format == gradients
@@ -53,3 +54,22 @@ def test_emulation_under_transformer_engine_is_refused() -> None:
 def test_a_part_that_does_not_exist_is_one_line() -> None:
     said = refusal("precision.fp8.recipe=blockwise", 'precision.fp8.high_precision=["head"]')
     assert "precision.fp8.high_precision" in said and '"head"' in said
+
+
+def test_a_delayed_scale_looks_back_as_transformer_engine_s_does_unless_the_newest_amax_is_enough() -> None:
+    fp8 = load_recipe(TINY, ["precision.fp8.recipe=delayed"]).precision.fp8
+    assert (fp8.amax_history_len, fp8.amax_compute_algo, fp8.margin) == (1024, "max", 0)
+    newest = ["precision.fp8.recipe=delayed", "precision.fp8.amax_compute_algo=most_recent"]
+    assert load_recipe(TINY, newest).precision.fp8.amax_history_len == 1
+    assert "only the newest amax is looked at" in refusal(*newest, "precision.fp8.amax_history_len=16")
+
+
+@pytest.mark.parametrize("key", ["amax_history_len=16", "amax_compute_algo=most_recent", "margin=1"])
+def test_what_only_delayed_scaling_has_is_refused_elsewhere(key: str) -> None:
+    assert "only delayed scaling looks back" in refusal("precision.fp8.recipe=tensorwise", f"precision.fp8.{key}")
+
+
+def test_emulated_delayed_scaling_refuses_to_compute_a_forward_pass_again() -> None:
+    keys = ["precision.fp8.recipe=delayed", "train.recompute=selective"]
+    assert 'set train.recompute = "none"' in refusal(*keys, "precision.fp8.emulate=true")
+    assert load_recipe(TINY, keys).train.recompute == "selective"  # Transformer Engine keeps its scales for it

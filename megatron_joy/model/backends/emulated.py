@@ -1,5 +1,6 @@
 """The portable blocks with FP8 products: what Transformer Engine's would compute, on any machine."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar
@@ -14,13 +15,31 @@ from torch import Tensor
 from megatron_joy.model.backends import portable
 from megatron_joy.model.backends.blocks import Blocks
 from megatron_joy.model.backends.portable_experts import PortableGroupedExperts
+from megatron_joy.precision.delayed import DelayedScales
 from megatron_joy.precision.emulation import Emulation, fp8_grouped, fp8_linear
 
 
-class _EmulatedParallelLinear:
-    """Stands before one of Megatron-core's parallel linears in a class's bases; see `replacements.OVERRIDDEN`."""
+class _Scaled:
+    """Stands first in a class's bases. `fp8_scales`: of each of a module's weights, by its name; none where a scale
+    follows from the tensor itself.
+    """
 
     emulation: ClassVar[Emulation]
+    fp8_scales: Mapping[str, DelayedScales]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        scales: dict[str, DelayedScales] = {}
+        if self.emulation.history is not None:
+            for name, weight in list(self.named_parameters(recurse=False)):  # type: ignore[attr-defined]
+                scales[name] = DelayedScales(self.emulation.history, len(weight) if weight.dim() == 3 else 1)
+                scales[name].to(weight.device)
+                setattr(self, f"{name}_scales", scales[name])
+        self.fp8_scales = scales
+
+
+class _EmulatedParallelLinear(_Scaled):
+    """Stands before one of Megatron-core's parallel linears in a class's bases; see `replacements.OVERRIDDEN`."""
 
     def _forward_impl(
         self,
@@ -39,23 +58,29 @@ class _EmulatedParallelLinear:
             input = gather_from_sequence_parallel_region(input, group=tp_group)
         elif allreduce_dgrad:
             input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-        return fp8_linear(input, weight, self.emulation)
+        return fp8_linear(input, weight, self.emulation, self.fp8_scales.get("weight"))
 
 
-class _EmulatedLinear(portable.PortableLinear):
-    emulation: ClassVar[Emulation]
-
+class _EmulatedLinear(_Scaled, portable.PortableLinear):
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """x [..., input_size] -> ([..., output_size], no bias)."""
-        return fp8_linear(x, self.weight, self.emulation), None
+        return fp8_linear(x, self.weight, self.emulation, self.fp8_scales.get("weight")), None
 
 
-class _EmulatedExperts(PortableGroupedExperts):
-    emulation: ClassVar[Emulation]
+class _EmulatedExperts(_Scaled, PortableGroupedExperts):
+    def forward(
+        self, permuted_tokens: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the portable ones; weights are rounded, and so looked at, also when no token came."""
+        if permuted_tokens.shape[0] == 0:
+            for name, scales in self.fp8_scales.items():
+                scales.of_weight(getattr(self, name))
+        return super().forward(permuted_tokens, tokens_per_expert, permuted_probs)
 
     def product(self, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         """x [T, in] sorted by expert, weight [E, out, in], ends [E] -> [T, out]."""
-        return fp8_grouped(x, weight, ends, self.emulation)
+        name = "linear_fc1" if weight is self.linear_fc1 else "linear_fc2"
+        return fp8_grouped(x, weight, ends, self.emulation, self.fp8_scales.get(name))
 
 
 @cache

@@ -8,8 +8,12 @@ import torch
 
 from megatron_joy.errors import UserError
 from megatron_joy.model.backends.blocks import Blocks
+from megatron_joy.precision.delayed import History
 from megatron_joy.precision.emulation import Emulation
 from megatron_joy.recipe.schema import FP8_PARTS, Fp8Section, Recipe
+
+# Compute capability that Transformer Engine's products want (its quantization.py, `check_*_support`).
+FP8_DEVICES = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
 
 def transformer_engine_problem() -> str | None:
@@ -41,6 +45,26 @@ def select_blocks(backend: Literal["auto", "portable", "te"], context_parallel_s
     return engine if context_parallel_size == 1 else replace(engine, core_attention=portable.core_attention)
 
 
+def history_of(fp8: Fp8Section) -> History | None:
+    """What a resolved recipe's delayed scales look back on; None where each follows from its own tensor."""
+    if fp8.recipe != "delayed":
+        return None
+    return History(fp8.amax_history_len or 1, fp8.amax_compute_algo, fp8.margin)
+
+
+def emulation_of(fp8: Fp8Section) -> Emulation:
+    """A recipe's scaling as the emulation takes it."""
+    return Emulation(fp8.recipe, fp8.format or "e4m3", history_of(fp8))
+
+
+def _device_problem(scaling: str) -> str | None:
+    """Why this GPU can't multiply under a scaling, or None."""
+    needed, found = FP8_DEVICES[scaling], torch.cuda.get_device_capability()
+    if found >= needed:
+        return None
+    return f"needs compute capability {needed[0]}.{needed[1]}, this GPU has {found[0]}.{found[1]}"
+
+
 def fp8_blocks(fp8: Fp8Section, blocks: Blocks) -> dict[str, Blocks]:
     """The parts of a model (`recipe.schema.FP8_PARTS`) whose blocks aren't `blocks`, under an FP8 recipe.
 
@@ -51,13 +75,18 @@ def fp8_blocks(fp8: Fp8Section, blocks: Blocks) -> dict[str, Blocks]:
         return {}
     if fp8.emulate:
         emulated = importlib.import_module("megatron_joy.model.backends.emulated").emulated_blocks
-        quantized: Blocks = emulated(Emulation(fp8.recipe, fp8.format or "e4m3"))
+        quantized: Blocks = emulated(emulation_of(fp8))
         return {part: quantized for part in FP8_PARTS if part not in fp8.high_precision}
     if blocks.name != "te":
         problem = transformer_engine_problem() or f"the backend is {blocks.name}"
         raise UserError(
             f'precision.fp8.recipe: "{fp8.recipe}" runs in Transformer Engine on a GPU, but {problem}; '
             "set precision.fp8.emulate = true for the same rounding in plain torch"
+        )
+    if (unfit := _device_problem(fp8.recipe)) is not None:
+        raise UserError(
+            f'precision.fp8.recipe: "{fp8.recipe}" {unfit}; choose another, or set precision.fp8.emulate = true for '
+            "the same rounding in plain torch"
         )
     outside = importlib.import_module("megatron_joy.model.backends.te").without_fp8
     return {part: outside(blocks) for part in fp8.high_precision}

@@ -46,7 +46,9 @@ def _outside(base: Any) -> Any:
         with importlib.import_module("transformer_engine.pytorch").fp8_autocast(enabled=False):
             return base.forward(self, *args, **kwargs)
 
-    return type(f"HighPrecision{base.__name__}", (base,), {"forward": forward, "__module__": __name__})
+    return type(
+        f"HighPrecision{base.__name__}", (base,), {"forward": forward, "outside_fp8": True, "__module__": __name__}
+    )
 
 
 def without_fp8(blocks: Blocks) -> Blocks:

@@ -29,5 +29,6 @@ class Validation(Feature):
         loop.row["validation_loss"] = losses.main
         if losses.mtp is not None:
             loop.row["validation_mtp_loss"] = losses.mtp
-            if self.passes and (acceptance := measure_acceptance(loop.trainer, self.batches, self.passes)):
-                loop.row |= acceptance.as_row()
+            with loop.trainer.scales.kept():
+                acceptance = measure_acceptance(loop.trainer, self.batches, self.passes) if self.passes else None
+            loop.row |= acceptance.as_row() if acceptance else {}
