@@ -202,7 +202,7 @@ def _state_tensors(part: Any, param: Tensor) -> dict[str, Tensor]:
     state = part.optimizer.state[main]
     for kind in part.optimizer_state_keys:
         if kind not in state:
-            state[kind] = torch.zeros_like(main)
+            state[kind] = torch.zeros_like(main, dtype=getattr(part.optimizer, "exp_avg_dtype", None))
     tensors = {kind: state[kind] for kind in part.optimizer_state_keys}
     if main.untyped_storage().data_ptr() != param.untyped_storage().data_ptr():
         tensors[MASTER] = main.detach()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from megatron.core.optimizer import (
     ChainedOptimizer,
     MegatronOptimizer,
@@ -16,6 +17,8 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
+from megatron_joy.errors import UserError
+from megatron_joy.model.backends.select import transformer_engine_problem
 from megatron_joy.model.config import DTYPES
 from megatron_joy.optim.distributed import MuonDistributedOptimizer
 from megatron_joy.optim.layout import ON_MUON
@@ -34,6 +37,12 @@ def build_optimizer(recipe: Recipe, process: Process, chunks: Sequence[Any]) -> 
     With Muon the chunks' buffers must be laid out for it (`layout.buffer_layout`).
     """
     section, dtype = recipe.optimizer, DTYPES[recipe.precision.params_dtype]
+    narrow = section.moments_dtype != "fp32"
+    if narrow and torch.cuda.is_available() and (problem := transformer_engine_problem()) is not None:
+        raise UserError(
+            f'optimizer.moments_dtype = "{section.moments_dtype}": on a GPU it is Transformer Engine\'s FusedAdam that keeps '
+            f'moments so, but {problem}; set optimizer.moments_dtype = "fp32"'
+        )
     config = OptimizerConfig(
         optimizer="adam",
         lr=recipe.schedule.peak_lr,
@@ -46,6 +55,7 @@ def build_optimizer(recipe: Recipe, process: Process, chunks: Sequence[Any]) -> 
         bf16=recipe.precision.params_dtype == "bf16",
         params_dtype=dtype,
         use_distributed_optimizer=True,
+        **(_fused_adam(DTYPES[section.moments_dtype]) if narrow and torch.cuda.is_available() else {}),
     )
     if section.name == "muon":
         optimizer = _with_muon(muon_settings(recipe), config, process, list(chunks))
@@ -57,8 +67,25 @@ def build_optimizer(recipe: Recipe, process: Process, chunks: Sequence[Any]) -> 
             use_gloo_process_groups=False,
             pg_collection=process.groups,
         )
+    for part in parts(optimizer) if narrow else ():
+        part.optimizer.exp_avg_dtype = DTYPES[section.moments_dtype]
     set_weight_decay(optimizer, section.weight_decay)
     return optimizer
+
+
+def _fused_adam(dtype: torch.dtype) -> dict[str, Any]:
+    """Megatron-core's precision-aware optimizer, for the moments alone.
+
+    With a named FP8 recipe it keeps fp32 masters itself, as without the option, where else FusedAdam would have them
+    under a form of its own; of the recipe it asks nothing else while weights are no FP8 tensors.
+    """
+    return {
+        "use_precision_aware_optimizer": True,
+        "exp_avg_dtype": dtype,
+        "exp_avg_sq_dtype": dtype,
+        "store_param_remainders": False,
+        "fp8_recipe": "tensorwise",
+    }
 
 
 def set_weight_decay(optimizer: MegatronOptimizer, decay: float, with_mtp: bool = True) -> None:

@@ -3,7 +3,8 @@
 Megatron-core lays the parameters of a chunk end to end in one buffer (one more for experts that have replicas of their
 own): last registered first, each start on a multiple of 64 values, the end on one that all replicas and 128 divide.
 Gradients have a buffer of the same length in fp32. Each data-parallel rank owns an equal range of it (ZeRO-1) and keeps
-masters and moments of what parameters lie in that range, in fp32; of fp32 parameters the masters are the parameters.
+masters and moments of what parameters lie in that range, in fp32 (moments as the recipe says); of fp32 parameters the
+masters are the parameters.
 
 Muon's matrices have buffers of their own, in which no range ends inside a matrix (`parallel.placement`), one moment.
 """
@@ -190,7 +191,8 @@ def _chunk_states(recipe: Recipe, chunk: int, replica: dict[bool, int] | None) -
     for expert, buffer in buffers(recipe, chunk):
         counts = buffer.owned()
         owned = max(counts) if replica is None else counts[replica[expert]]
-        total += States(buffer.length * width, buffer.length * FP32, owned * masters, owned * buffer.moments * FP32)
+        moments = owned * buffer.moments * WEIGHT_BYTES[recipe.optimizer.moments_dtype]
+        total += States(buffer.length * width, buffer.length * FP32, owned * masters, moments)
     return total
 
 

@@ -11,6 +11,8 @@ class GroupStepAdamW(torch.optim.Optimizer):
 
     Megatron-core's distributed optimizer can save and load only the layout that FusedAdam has: 'exp_avg' and
     'exp_avg_sq' per tensor, one integer 'step' per parameter group. torch's AdamW keeps a step per tensor instead.
+    Moments that are kept in bf16 are widened, updated and used in fp32, and rounded to nearest when they are put back,
+    as in FusedAdam (Transformer Engine, multi_tensor/adam.cu).
     """
 
     def __init__(
@@ -21,10 +23,12 @@ class GroupStepAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        exp_avg_dtype: torch.dtype = torch.float32,
         **unused: Any,
     ) -> None:
         if not adam_w_mode:
             raise ValueError("GroupStepAdamW has decoupled weight decay only")
+        self.exp_avg_dtype = exp_avg_dtype  # of both moments, in which they are kept; FusedAdam's name
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -38,15 +42,19 @@ class GroupStepAdamW(torch.optim.Optimizer):
             for param in params:
                 state = self.state[param]
                 if not state:
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+                    zeros = torch.zeros_like(param, dtype=self.exp_avg_dtype)
+                    state["exp_avg"], state["exp_avg_sq"] = zeros, zeros.clone()
             grads = [p.grad for p in params]
-            first = [self.state[p]["exp_avg"] for p in params]
-            second = [self.state[p]["exp_avg_sq"] for p in params]
+            kept = [[self.state[p][moment] for p in params] for moment in ("exp_avg", "exp_avg_sq")]
+            first, second = ([moment.float() for moment in moments] for moments in kept)  # themselves, if fp32
             beta1, beta2 = group["betas"]
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_lerp_(first, grads, 1 - beta1)
             torch._foreach_mul_(second, beta2)
             torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+            if self.exp_avg_dtype != torch.float32:
+                torch._foreach_copy_(kept[0], first)
+                torch._foreach_copy_(kept[1], second)
             denominator = torch._foreach_sqrt(second)
             torch._foreach_div_(denominator, (1 - beta2 ** group["step"]) ** 0.5)
             torch._foreach_add_(denominator, group["eps"])

@@ -42,6 +42,7 @@ MAY_CHANGE: dict[str, bool] = {
     "optimizer.name": False,
     "optimizer.betas": False,
     "optimizer.eps": False,
+    "optimizer.moments_dtype": False,
     "optimizer.weight_decay": True,
     "optimizer.clip_grad": True,
     "optimizer.muon_momentum": False,

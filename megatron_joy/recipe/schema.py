@@ -190,6 +190,9 @@ class OptimizerSection(Section):
         (0.9, 0.95), description="Decay rates of AdamW's two moments.", strict=False
     )
     eps: PositiveFloat = Field(1e-8, description="Added to the root of AdamW's second moment.")
+    moments_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Number format in which AdamW keeps its two moments; an update is computed in fp32."
+    )
     weight_decay: NonNegativeFloat = Field(0.1, description="Decoupled weight decay of matrices.")
     clip_grad: NonNegativeFloat = Field(1.0, description="Global gradient norm to clip to; 0 turns clipping off.")
     muon_momentum: DecayRate = Field(0.95, description="mu of Muon's momentum: buffer = mu * buffer + gradient.")

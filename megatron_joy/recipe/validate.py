@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from .derive import MOOT, layer_counts_fit, nearest_split
 from .dump import format_value
 from .fields import value_at
+from .fp8_rules import fp8_backend, fp8_parts, fp8_recompute, fp8_widths
 from .guard_rules import rollback_needs_checkpoints, spike_signals
-from .schema import FP8_PARTS, Fp8Part, Recipe, SourceEntry
+from .schema import Recipe, SourceEntry
 from .stage_rules import stage_problems, stage_views, sum_problem
 
-FP8_WIDTHS = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 ALIGNED = 8  # values: 16 bytes in bf16, which grouped matrix products want of every row
 
 
@@ -291,68 +291,12 @@ def _keep_best(recipe: Recipe) -> str | None:
     )
 
 
-def _fp8_widths(recipe: Recipe) -> str | None:
-    """FP8 products want every matrix, as a rank has it, of whole groups of 16 (MXFP8: of its 32)."""
-    fp8, model, layout = recipe.precision.fp8, recipe.model, recipe.layout
-    tensor, expert = layout.tensor_model_parallel_size, layout.expert_tensor_parallel_size
-    heads, shared = model.num_attention_heads // tensor, model.n_shared_experts * model.moe_intermediate_size
-    widths: dict[Fp8Part, dict[str, int]] = {
-        "attention": {
-            "model.q_lora_rank": model.q_lora_rank,
-            "model.kv_lora_rank": model.kv_lora_rank,
-            "model.kv_lora_rank + model.qk_rope_head_dim": model.kv_lora_rank + model.qk_rope_head_dim,
-            "heads / TP x query width": heads * (model.qk_nope_head_dim + model.qk_rope_head_dim),
-            "heads / TP x (model.qk_nope_head_dim + model.v_head_dim)": heads
-            * (model.qk_nope_head_dim + model.v_head_dim),
-            "heads / TP x model.v_head_dim": heads * model.v_head_dim,
-        },
-        "dense_mlp": {"model.intermediate_size / TP": model.intermediate_size // tensor},
-        "shared_experts": {"model.n_shared_experts x model.moe_intermediate_size / TP": shared // tensor},
-        "routed_experts": {"model.moe_intermediate_size / ETP": model.moe_intermediate_size // expert},
-        "mtp_projection": {"model.hidden_size / TP": model.hidden_size // tensor},
-    }
-    if fp8.recipe == "off":
-        return None
-    step = FP8_WIDTHS[fp8.recipe]
-    used = {"model.hidden_size": model.hidden_size}
-    for part in FP8_PARTS:
-        used |= {} if part in fp8.high_precision else widths[part]
-    wrong = [f"{name} = {width}" for name, width in used.items() if width % step]
-    if not wrong:
+def _moments(recipe: Recipe) -> str | None:
+    if recipe.optimizer.moments_dtype == "fp32" or recipe.optimizer.name == "adamw":
         return None
     return (
-        f"precision.fp8.recipe = {format_value(fp8.recipe)}: matrices must be multiples of {step} wide, and "
-        f"{', '.join(wrong)}; change these or name their part in precision.fp8.high_precision"
-    )
-
-
-def _fp8_parts(recipe: Recipe) -> str | None:
-    fp8 = recipe.precision.fp8
-    if fp8.recipe == "off" or set(fp8.high_precision) != set(FP8_PARTS):
-        return None
-    return (
-        f"precision.fp8.high_precision = {format_value(fp8.high_precision)}: leaves nothing for "
-        f'precision.fp8.recipe = {format_value(fp8.recipe)}; set precision.fp8.recipe = "off"'
-    )
-
-
-def _fp8_backend(recipe: Recipe) -> str | None:
-    if not (recipe.precision.fp8.emulate and recipe.model.backend == "te"):
-        return None
-    return (
-        'model.backend = "te": has its own FP8, and precision.fp8.emulate = true asks for emulation in plain torch; '
-        "set precision.fp8.emulate = false"
-    )
-
-
-def _fp8_recompute(recipe: Recipe) -> str | None:
-    """A recomputed forward pass would find other scales than the first one; Transformer Engine keeps them for it."""
-    fp8 = recipe.precision.fp8
-    if fp8.recipe != "delayed" or not fp8.emulate or recipe.train.recompute == "none":
-        return None
-    return (
-        f"train.recompute = {format_value(recipe.train.recompute)}: emulated delayed scaling can't compute a forward "
-        'pass again, its scales have moved on; set train.recompute = "none" or precision.fp8.recipe = "tensorwise"'
+        f"optimizer.moments_dtype = {format_value(recipe.optimizer.moments_dtype)}: with optimizer.name = "
+        f'{format_value(recipe.optimizer.name)} all state is fp32; set optimizer.moments_dtype = "fp32"'
     )
 
 
@@ -420,10 +364,11 @@ RULES: tuple[Rule, ...] = (
     Rule(("model.first_k_dense_replace", "model.num_hidden_layers"), _some_experts),
     Rule(("layout.expert_tensor_parallel_size", "model.hidden_size", "model.moe_intermediate_size"), _aligned_rows),
     Rule(("layout", "model.num_hidden_layers"), _pipeline_cuts),
-    Rule(("precision.fp8", "layout", "model"), _fp8_widths),
-    Rule(("precision.fp8",), _fp8_parts),
-    Rule(("precision.fp8.emulate", "model.backend"), _fp8_backend),
-    Rule(("precision.fp8", "train.recompute"), _fp8_recompute),
+    Rule(("precision.fp8", "layout", "model"), fp8_widths),
+    Rule(("precision.fp8",), fp8_parts),
+    Rule(("precision.fp8.emulate", "model.backend"), fp8_backend),
+    Rule(("precision.fp8", "train.recompute"), fp8_recompute),
+    Rule(("optimizer.name", "optimizer.moments_dtype"), _moments),
     Rule(("layout.context_parallel_size", "data.sequence_length"), _context),
     Rule(("layout", "data.sequence_length", "train.micro_batch_size", "model.num_attention_heads"), _sequence_shards),
     Rule(("layout.data_parallel_size", "train.global_batch_size", "train.micro_batch_size"), _batch),

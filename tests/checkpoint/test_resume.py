@@ -13,16 +13,16 @@ from tests.checkpoint import worlds
 from tests.gloo import run_world
 
 
-def _unbroken(layout: str, dtype: str, folder: Path) -> Any:
+def _unbroken(layout: str, dtype: str, folder: Path, moments: Any = "fp32") -> Any:
     """Four steps; a checkpoint after the second, which must not disturb them."""
-    run = worlds.Run.start(worlds.recipe(layout, dtype))
+    run = worlds.Run.start(worlds.recipe(layout, dtype, moments))
     losses = run.train(1, 2)
     run.save(folder, 2)
     return losses + run.train(3, 4), run.boxes()
 
 
-def _resumed(layout: str, dtype: str, folder: Path) -> Any:
-    run = worlds.Run.start(worlds.recipe(layout, dtype))
+def _resumed(layout: str, dtype: str, folder: Path, moments: Any = "fp32") -> Any:
+    run = worlds.Run.start(worlds.recipe(layout, dtype, moments))
     run.disturb()
     choice = choose(folder, run.process)
     assert choice.checkpoint is not None
@@ -33,13 +33,20 @@ def _resumed(layout: str, dtype: str, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("layout", "dtype"),
-    [("one", "fp32"), ("dp2", "bf16"), ("ep2", "fp32"), ("tp2ep2", "fp32"), ("pp2vpp2", "bf16"), ("cp2", "fp32")],
+    ("layout", "dtype", "moments"),
+    [
+        ("one", "fp32", "fp32"),
+        ("dp2", "bf16", "bf16"),
+        ("ep2", "fp32", "fp32"),
+        ("tp2ep2", "fp32", "fp32"),
+        ("pp2vpp2", "bf16", "fp32"),
+        ("cp2", "fp32", "fp32"),
+    ],
 )
-def test_four_steps_are_two_and_two(tmp_path: Path, layout: str, dtype: str) -> None:
+def test_four_steps_are_two_and_two(tmp_path: Path, layout: str, dtype: str, moments: str) -> None:
     size = worlds.world_size(layout)
-    unbroken = run_world(_unbroken, size, layout, dtype, tmp_path)
-    resumed = run_world(_resumed, size, layout, dtype, tmp_path)
+    unbroken = run_world(_unbroken, size, layout, dtype, tmp_path, moments)
+    resumed = run_world(_resumed, size, layout, dtype, tmp_path, moments)
     for (losses, _), (after, _) in zip(unbroken, resumed, strict=True):
         assert after == losses[2:]
     end, end_resumed = (worlds.joined([boxes for _, boxes in ranks]) for ranks in (unbroken, resumed))

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from megatron_joy.recipe.schema import (
     DataSection,
     LayoutSection,
     ModelSection,
+    OptimizerSection,
     PrecisionSection,
     Recipe,
     ScheduleSection,
@@ -44,7 +45,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
 }
 
 
-def recipe(layout: str = "one", dtype: str = "fp32", **model: Any) -> Recipe:
+def recipe(layout: str = "one", dtype: str = "fp32", moments: Literal["fp32", "bf16"] = "fp32", **model: Any) -> Recipe:
     """Four layers (one dense, three with four experts) and the MTP layer, about 60,000 weights."""
     return Recipe(
         name="minuscule",
@@ -73,6 +74,7 @@ def recipe(layout: str = "one", dtype: str = "fp32", **model: Any) -> Recipe:
         train=TrainSection(steps=100, global_batch_size=GLOBAL_BATCH),
         schedule=ScheduleSection(peak_lr=1e-2, final_lr=1e-3, warmup_steps=2),
         precision=PrecisionSection(params_dtype=dtype),
+        optimizer=OptimizerSection(moments_dtype=moments),
     )
 
 

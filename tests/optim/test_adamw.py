@@ -38,6 +38,28 @@ def test_twenty_updates_are_those_of_torch() -> None:
             torch.testing.assert_close(mine.state[a][key], reference.state[b][key], rtol=1e-6, atol=0)
 
 
+def test_moments_in_bf16_are_those_of_an_update_in_fp32_rounded_when_put_back() -> None:
+    ours, theirs = parameters(), parameters()
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
+    mine = GroupStepAdamW(groups(ours), exp_avg_dtype=torch.bfloat16, **settings)  # type: ignore[arg-type]
+    reference = torch.optim.AdamW(groups(theirs), **settings)  # type: ignore[arg-type]
+    random = torch.Generator().manual_seed(3)
+    for _ in range(STEPS):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=random)
+            b.grad = a.grad.clone()
+        mine.step()
+        reference.step()
+        for state in reference.state.values():
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key].copy_(state[key].bfloat16())
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert mine.state[a][key].dtype is torch.bfloat16
+            torch.testing.assert_close(mine.state[a][key].float(), reference.state[b][key], rtol=0, atol=0)
+
+
 def test_the_step_is_kept_by_group_and_counts_where_nothing_had_a_gradient() -> None:
     params = parameters()
     optimizer = GroupStepAdamW(groups(params))

@@ -34,3 +34,10 @@ def test_the_iterations_number_format_is_the_weights() -> None:
 def test_a_run_keeps_its_optimizer() -> None:
     with pytest.raises(UserError, match=r'cannot resume .*optimizer\.name \("adamw" -> "muon"\)'):
         check_resume(load_recipe("joyai_tiny"), load_recipe("joyai_tiny", ["optimizer.name=muon"]))
+
+
+def test_moments_in_bf16_are_adamw_s_and_stay_so() -> None:
+    with pytest.raises(UserError, match=r'with optimizer.name = "muon" all state is fp32; set optimizer.moments_dtype'):
+        load_recipe("joyai_tiny", ["optimizer.name=muon", "optimizer.moments_dtype=bf16"])
+    with pytest.raises(UserError, match=r'cannot resume .*optimizer\.moments_dtype \("fp32" -> "bf16"\)'):
+        check_resume(load_recipe("joyai_tiny"), load_recipe("joyai_tiny", ["optimizer.moments_dtype=bf16"]))
