@@ -40,8 +40,8 @@ def build_optimizer(recipe: Recipe, process: Process, chunks: Sequence[Any]) -> 
     narrow = section.moments_dtype != "fp32"
     if narrow and torch.cuda.is_available() and (problem := transformer_engine_problem()) is not None:
         raise UserError(
-            f'optimizer.moments_dtype = "{section.moments_dtype}": on a GPU it is Transformer Engine\'s FusedAdam that keeps '
-            f'moments so, but {problem}; set optimizer.moments_dtype = "fp32"'
+            f"optimizer.moments_dtype = \"{section.moments_dtype}\": on a GPU this is Transformer Engine's FusedAdam's, but "
+            f'{problem}; set optimizer.moments_dtype = "fp32"'
         )
     config = OptimizerConfig(
         optimizer="adam",
