@@ -25,6 +25,7 @@ from megatron_joy.optim.layout import ON_MUON
 from megatron_joy.optim.muon import Muon, MuonSettings
 from megatron_joy.optim.newton_schulz import triples
 from megatron_joy.platform.process import Process
+from megatron_joy.recipe.dump import format_value
 from megatron_joy.recipe.schema import Recipe
 
 OF_MTP = "of_mtp"  # marks the parameter groups of the MTP layer
@@ -40,8 +41,8 @@ def build_optimizer(recipe: Recipe, process: Process, chunks: Sequence[Any]) -> 
     narrow = section.moments_dtype != "fp32"
     if narrow and torch.cuda.is_available() and (problem := transformer_engine_problem()) is not None:
         raise UserError(
-            f"optimizer.moments_dtype = \"{section.moments_dtype}\": on a GPU this is Transformer Engine's FusedAdam's, but "
-            f'{problem}; set optimizer.moments_dtype = "fp32"'
+            f"optimizer.moments_dtype = {format_value(section.moments_dtype)}: on a GPU Transformer Engine's FusedAdam "
+            f'keeps them so, but {problem}; set optimizer.moments_dtype = "fp32"'
         )
     config = OptimizerConfig(
         optimizer="adam",
