@@ -255,13 +255,18 @@ def _validation_data(recipe: Recipe) -> str | None:
 
 
 def _validation_batch(recipe: Recipe) -> str | None:
+    """Interleaved pipeline chunks take as many micro-batches at a time as there are stages, in validation too."""
+    layout = recipe.layout
     samples, micro = recipe.train.validation_samples, recipe.train.micro_batch_size
-    step = micro * recipe.layout.data_parallel_size
+    stages = layout.pipeline_model_parallel_size if layout.virtual_pipeline_model_parallel_size > 1 else 1
+    step = micro * layout.data_parallel_size * stages
     if recipe.train.validation_interval == 0 or samples % step == 0:
         return None
+    and_stages = (f" x PP (with VPP {layout.virtual_pipeline_model_parallel_size})", f" x {stages}")
+    named, number = and_stages if stages > 1 else ("", "")
     return (
         f"train.validation_samples = {samples}: must be a multiple of train.micro_batch_size x "
-        f"layout.data_parallel_size = {micro} x {recipe.layout.data_parallel_size} = {step}; set "
+        f"layout.data_parallel_size{named} = {micro} x {layout.data_parallel_size}{number} = {step}; set "
         f"train.validation_samples = {nearest_multiple(samples, step)}"
     )
 
@@ -381,7 +386,7 @@ RULES: tuple[Rule, ...] = (
             "train.validation_interval",
             "train.validation_samples",
             "train.micro_batch_size",
-            "layout.data_parallel_size",
+            "layout",
         ),
         _validation_batch,
     ),

@@ -12,6 +12,7 @@ from megatron_joy.infer.generate import Limits
 from megatron_joy.infer.speculative import Acceptance as Decoded
 from megatron_joy.infer.speculative import generate_speculatively
 from megatron_joy.infer.weights import build_decoder, open_weights
+from megatron_joy.recipe.schema import LayoutSection
 from tests.convert.worlds import LENGTH, make_recipe
 from tests.gloo import run_world
 from tests.infer.training import pattern, train_on_a_pattern
@@ -22,6 +23,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2": {"tensor_model_parallel_size": 2},
     "CP2": {"context_parallel_size": 2},
     "PP2": {"pipeline_model_parallel_size": 2},
+    "PP2 VPP2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    "TP2 PP2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
 }
 
 
@@ -46,12 +49,13 @@ def _measured(checkpoints: Path, layout: dict[str, Any], drafts: int = 3, broken
     from megatron_joy.checkpoint.load import choose, load_checkpoint
     from megatron_joy.model.build import build_model
     from megatron_joy.platform import process as platform
-    from megatron_joy.recipe.schema import LayoutSection
+    from megatron_joy.recipe.derive import nearest_split
     from megatron_joy.train.acceptance import measure_acceptance
     from megatron_joy.train.step import Trainer
 
     recipe = make_recipe()
-    counts = [recipe.model.num_hidden_layers // 2] * 2 if "pipeline_model_parallel_size" in layout else None
+    chunks_in_all = LayoutSection(**layout).pipeline_chunks
+    counts = nearest_split(recipe.model.num_hidden_layers, chunks_in_all) if chunks_in_all > 1 else None
     recipe = recipe.model_copy(update={"layout": LayoutSection(**layout, pipeline_layer_counts=counts)})
     process = platform.start(recipe.layout, recipe.seed)
     chunks = build_model(recipe, process)
@@ -63,8 +67,10 @@ def _measured(checkpoints: Path, layout: dict[str, Any], drafts: int = 3, broken
         weight = chunks[0].mtp.layers[0].eh_proj.weight
         weight.data = exchanged(weight.data)
     batches, found = _batches(), []
-    for batch in batches if process.groups.dp.size() == 1 else [batches[process.groups.dp.rank()]]:
-        found.append(measure_acceptance(trainer, [batch], PASSES, drafts))
+    # Interleaved chunks take as many at a time as there are stages.
+    asked = [[batch] for batch in batches] if len(chunks) == 1 else [batches]
+    for some in asked if process.groups.dp.size() == 1 else [asked[process.groups.dp.rank()]]:
+        found.append(measure_acceptance(trainer, some, PASSES, drafts))
     return sum(one.passes for one in found), [
         sum(column) for column in zip(*(one.accepted for one in found), strict=True)
     ]
@@ -107,7 +113,8 @@ def test_one_process_counts_what_speculative_decoding_does(drafts: int, checkpoi
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_counts_the_same(name: str, checkpoints: Path, decoder: Decoder) -> None:
-    assert run_world(_measured, 2, checkpoints, LAYOUTS[name]) == [decoded(decoder, 3)] * 2
+    size = LayoutSection(**LAYOUTS[name]).world_size
+    assert run_world(_measured, size, checkpoints, LAYOUTS[name]) == [decoded(decoder, 3)] * size
 
 
 def test_a_broken_head_is_seen_and_counted_right_as_well(checkpoints: Path, decoder: Decoder) -> None:
