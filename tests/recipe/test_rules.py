@@ -17,6 +17,7 @@ PLAIN = (
     "train.micro_batch_size=8",
 )
 MANY = ("layout.data_parallel_size=64",)
+INTERLEAVED = ("layout.pipeline_model_parallel_size=2", "layout.virtual_pipeline_model_parallel_size=2")
 THREE = ("layout.data_parallel_size=3", "layout.expert_model_parallel_size=3")
 
 CASES = [
@@ -69,6 +70,12 @@ CASES = [
     (["schedule.final_lr=0.1"], "schedule.final_lr = 0.1: must be at most schedule.peak_lr = 0.003", "0.0003"),
     (["data.validation=[]"], "names no data to validate on", "train.validation_interval = 0"),
     (["train.validation_samples=30"], "train.validation_samples = 30", "set train.validation_samples = 32"),
+    (
+        [*INTERLEAVED, "train.validation_samples=24"],
+        "train.validation_samples = 24: must be a multiple of train.micro_batch_size x layout.data_parallel_size x PP "
+        "(with VPP 2)",
+        "set train.validation_samples = 32",
+    ),
     (
         ["checkpoint.interval=100", "checkpoint.keep_every=250"],
         "checkpoint.keep_every = 250: must be a multiple of checkpoint.interval = 100",
