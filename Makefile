@@ -13,6 +13,8 @@ STAMP := $(VENV)/.installed
 EXTRAS ?= dev
 # A part of the tests: make test T=tests/data
 T ?= tests
+# Processes that tests are spread over; more than cores make the waits for other processes long
+TEST_WORKERS ?= 2
 # More options of `joy convert to-hf`, as ARGS='--precision fp8'
 ARGS ?=
 
@@ -29,7 +31,7 @@ demo: $(STAMP) ## From raw text to a trained, killed, resumed, exported and writ
 	@$(BIN)/python -m launch.demo
 
 test: $(STAMP) ## Run every test, slow ones too (a part: make test T=tests/data)
-	@$(BIN)/python -m pytest $(T)
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup $(T)
 
 lint: $(STAMP) ## Check style and types
 	@$(BIN)/ruff check .

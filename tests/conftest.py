@@ -1,6 +1,7 @@
 """What every test shares: `gpu` tests need a CUDA device and say so where there is none; CI draws the same examples."""
 
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -16,7 +17,16 @@ if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 
+TESTS = Path(__file__).parent
+# Rooms whose tests share what takes long to make (a Slurm, unbroken runs): with several workers one takes them all.
+TOGETHER = {"slurm", "train"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        file = item.path.relative_to(TESTS)
+        room = file.parts[0]
+        item.add_marker(pytest.mark.xdist_group(room if room in TOGETHER else str(file)))
     wanting = [item for item in items if item.get_closest_marker("gpu")]
     if not wanting:
         return

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,8 +87,16 @@ def test_an_attempt_that_was_given_up_writes_no_more(tmp_path: Path) -> None:
     assert (holder.fence, holder.released) == (2, False)
 
 
-def _claim(run: str, start: float) -> int:
-    time.sleep(max(0.0, start - time.time()))
+_all_there: Any = None  # in a process of the pool: a barrier
+
+
+def _wait_with(others: Any) -> None:
+    global _all_there
+    _all_there = others
+
+
+def _claim(run: str) -> int:
+    _all_there.wait()
     try:
         return Lease(Path(run), "the same launch").take()
     except UserError:
@@ -95,9 +104,9 @@ def _claim(run: str, start: float) -> int:
 
 
 def test_of_many_at_once_each_number_goes_to_one(tmp_path: Path) -> None:
-    with multiprocessing.get_context("fork").Pool(8) as pool:
-        start = time.time() + 0.5
-        claimed = pool.starmap(_claim, [(str(tmp_path), start)] * 8)
+    processes = multiprocessing.get_context("forkserver")
+    with processes.Pool(8, _wait_with, [processes.Barrier(8)]) as pool:
+        claimed = pool.map(_claim, [str(tmp_path)] * 8, chunksize=1)
     numbers = Counter(number for number in claimed if number)
     assert numbers
     assert set(numbers.values()) == {1}
