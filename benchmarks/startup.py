@@ -56,11 +56,11 @@ def lay_out(folder: Path, shards: int, tokens: int) -> None:
                 documents=documents,
                 tokens=each,
                 bin_bytes=sizes[".bin"],
-                bin_sha256=digest,
+                bin_blake3=digest,
                 idx_bytes=sizes[".idx"],
-                idx_sha256=digest[::-1],
+                idx_blake3=digest[::-1],
                 provenance=f"{name}.documents.jsonl.zst",
-                provenance_sha256=digest,
+                provenance_blake3=digest,
             )
         )
     total = documents * shards

@@ -23,6 +23,7 @@ from data_pipeline.config import Pipeline, pipeline_sha256
 from data_pipeline.inventory import MEGABYTE, InputFile, Piece, take_inventory
 from data_pipeline.spool import SPLITS, Buckets, divide
 from megatron_joy.data.atomic import PARTIAL_MARK, write_atomically
+from megatron_joy.data.checksum import file_blake3
 from megatron_joy.data.manifest import MANIFEST_NAME
 from megatron_joy.errors import UserError, WorkError
 
@@ -33,11 +34,11 @@ PIPELINE = "pipeline.json"  # resolved, for whoever asks later what a document w
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file that a task wrote, relative to the output folder. sha256: None for scratch that has its own checksums."""
+    """A file that a task wrote, relative to the output folder. blake3: None for scratch that has its own checksums."""
 
     path: str
     bytes: int
-    sha256: str | None
+    blake3: str | None
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,11 @@ class Job:
         """Where a task's record is."""
         return self.folder / WORK / "tasks" / stage / f"{shard:05d}.json"
 
-    def describe(self, path: Path, sha256: str | None = None) -> OutputFile:
+    def describe(self, path: Path, digest: str | None = None) -> OutputFile:
         """A written file with its size and checksum, computed here unless the writer already knows it."""
-        if sha256 is None:
-            with open(path, "rb") as stream:
-                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        return OutputFile(path.relative_to(self.folder).as_posix(), path.stat().st_size, sha256)
+        if digest is None:
+            digest = file_blake3(path)
+        return OutputFile(path.relative_to(self.folder).as_posix(), path.stat().st_size, digest)
 
     def describe_scratch(self, path: Path) -> OutputFile:
         """A written file that only later stages read and that carries its own checksums."""

@@ -185,8 +185,8 @@ def _shard_files(task: dict[str, Any]) -> list[OutputFile]:
     entry = ShardEntry(**task["shard"])
     prefix = f"{task['split']}/{entry.name}"
     return [
-        OutputFile(f"{prefix}.bin", entry.bin_bytes, entry.bin_sha256),
-        OutputFile(f"{prefix}.idx", entry.idx_bytes, entry.idx_sha256),
+        OutputFile(f"{prefix}.bin", entry.bin_bytes, entry.bin_blake3),
+        OutputFile(f"{prefix}.idx", entry.idx_bytes, entry.idx_blake3),
     ]
 
 

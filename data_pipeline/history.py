@@ -72,7 +72,7 @@ def history(folder: Path, origin: DocumentOrigin) -> list[dict[str, Any]]:
                 steps.append(
                     {"step": section.label, "bytes": len(draft.text.encode()), "changed": draft.text != before}
                 )
-            if text_hash(draft.text.encode()).hex() == origin.sha256:
+            if text_hash(draft.text.encode()).hex() == origin.blake3:
                 return steps
     except WorkError as error:
         raise UserError(str(error)) from None

@@ -18,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from blake3 import blake3
 
 from megatron_joy.data.atomic import atomic_file
 from megatron_joy.errors import WorkError
@@ -32,7 +33,7 @@ SPLIT_SCALE = 2**32
 
 @dataclass(slots=True)
 class Spooled:
-    """A document with the first 16 bytes of its text's SHA-256 and where it is from."""
+    """A document with the first 16 bytes of its text's BLAKE3 and where it is from."""
 
     hash: bytes
     input: int
@@ -77,8 +78,8 @@ def divide(text_bytes: int, validation_share: float, shard_bytes: int) -> Bucket
 
 
 def text_hash(text: bytes) -> bytes:
-    """The first 16 bytes of the SHA-256 of a text."""
-    return hashlib.sha256(text).digest()[:HASH_BYTES]
+    """The first 16 bytes of the BLAKE3 of a text."""
+    return blake3(text).digest(length=HASH_BYTES)
 
 
 def frame_checksum(parts: Iterable[bytes]) -> int:

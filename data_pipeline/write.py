@@ -1,6 +1,5 @@
 """One bucket becomes one shard: duplicates dropped, order shuffled, encoded, written with its documents' origins."""
 
-import hashlib
 import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
 from data_pipeline.config import EncodeSection
 from data_pipeline.encode import Encoder, Ids, OracleDifference
@@ -117,7 +117,7 @@ def _write_scores(prefix: Path, scores: Scores | None) -> dict[str, Any]:
     content = io.BytesIO()
     np.save(content, scores, allow_pickle=False)
     write_atomically(path, content.getvalue())
-    return {"scores": path.name, "scores_sha256": hashlib.sha256(content.getvalue()).hexdigest()}
+    return {"scores": path.name, "scores_blake3": blake3(content.getvalue()).hexdigest()}
 
 
 def write_task(job: Job, shard: int) -> TaskResult:
@@ -142,7 +142,7 @@ def write_task(job: Job, shard: int) -> TaskResult:
     entry = ShardEntry(
         name=prefix.name,
         provenance=provenance.name,
-        provenance_sha256=write_origins(provenance, origins),
+        provenance_blake3=write_origins(provenance, origins),
         **_write_scores(prefix, scores),
         **vars(written.summary),
     )
@@ -157,11 +157,11 @@ def write_task(job: Job, shard: int) -> TaskResult:
     }
     statistics |= {"engine": written.engine, "checked": written.checked, "note": written.note}
     files = [
-        job.describe(bin_path(prefix), entry.bin_sha256),
-        job.describe(idx_path(prefix), entry.idx_sha256),
-        job.describe(provenance, entry.provenance_sha256),
+        job.describe(bin_path(prefix), entry.bin_blake3),
+        job.describe(idx_path(prefix), entry.idx_blake3),
+        job.describe(provenance, entry.provenance_blake3),
         job.describe(counts),
     ]
     if entry.scores is not None:
-        files.append(job.describe(prefix.with_name(entry.scores), entry.scores_sha256))
+        files.append(job.describe(prefix.with_name(entry.scores), entry.scores_blake3))
     return TaskResult(files, statistics)

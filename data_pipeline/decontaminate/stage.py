@@ -83,7 +83,7 @@ def contamination_task(job: Job, shard: int) -> TaskResult:
             buckets[job.plan.buckets.bucket_of(digest)].append(digest)
             removed[finding.benchmark] = removed.get(finding.benchmark, 0) + 1
             origin = job.plan.inputs[file]
-            place = {"file": origin.path, "offset": offset, "sha256": digest.hex()}
+            place = {"file": origin.path, "offset": offset, "blake3": digest.hex()}
             stream.write(orjson.dumps({"source": job.pipeline.sources[origin.source].name, **place, **vars(finding)}))
             stream.write(b"\n")
     files = [job.describe(report)]

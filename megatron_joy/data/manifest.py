@@ -21,6 +21,7 @@ SCORES_SUFFIX = ".scores.npy"
 
 Count = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Blake3 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A plain file name: no separator, no leading dot, so that whatever a manifest says, nothing outside its folder is read.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
 DtypeName = Literal["uint8", "int8", "int16", "int32", "int64", "uint16"]
@@ -69,15 +70,15 @@ class ShardEntry(ManifestPart):
     documents: Count
     tokens: Count
     bin_bytes: Count
-    bin_sha256: Sha256
+    bin_blake3: Blake3
     idx_bytes: Count
-    idx_sha256: Sha256
+    idx_blake3: Blake3
     provenance: FileName | None = Field(None, description="File that says where each document is from.")
-    provenance_sha256: Sha256 | None = None
+    provenance_blake3: Blake3 | None = None
     scores: FileName | None = Field(
         None, description="File with float32 [documents, score_columns], as numpy saves it."
     )
-    scores_sha256: Sha256 | None = None
+    scores_blake3: Blake3 | None = None
 
 
 class Provenance(ManifestPart):

@@ -1,12 +1,12 @@
 """Where each document of a shard is from: `shard_XXXXX.documents.jsonl.zst`, one JSON object per document, in order."""
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
 import zstandard
+from blake3 import blake3 as hash_of
 
 from megatron_joy.data.atomic import write_atomically
 from megatron_joy.data.zstd import open_zstd
@@ -20,7 +20,7 @@ class DocumentOrigin:
     """One document's origin.
 
     source: name of the source in the pipeline; file: path inside that source; offset: first byte of its record in the
-    (decompressed) file, 0 where the file is one document; licence: where known; sha256: of the text, the first 32
+    (decompressed) file, 0 where the file is one document; licence: where known; blake3: of the text, the first 32
     hexadecimal digits; bytes_text: length of the text in UTF-8; url, language (ISO 639): where known;
     part: which part of its record it is, where the pipeline cuts records.
     """
@@ -29,7 +29,7 @@ class DocumentOrigin:
     file: str
     offset: int
     licence: str | None
-    sha256: str
+    blake3: str
     bytes_text: int
     url: str | None = None
     language: str | None = None
@@ -37,11 +37,11 @@ class DocumentOrigin:
 
 
 def write_origins(path: Path, origins: Iterable[DocumentOrigin]) -> str:
-    """Write the file atomically; returns its SHA-256. The same origins give the same bytes."""
+    """Write the file atomically; returns its BLAKE3. The same origins give the same bytes."""
     lines = b"".join(orjson.dumps(origin) + b"\n" for origin in origins)
     content = zstandard.ZstdCompressor(level=3, write_checksum=True, threads=0).compress(lines)
     write_atomically(path, content)
-    return hashlib.sha256(content).hexdigest()
+    return hash_of(content).hexdigest()
 
 
 def read_origins(path: Path) -> Iterator[DocumentOrigin]:

@@ -8,7 +8,6 @@ Megatron's reader checks nothing of this and its writer loops over sequences in 
 a shard is opened (in constant time) and the index is written by numpy.
 """
 
-import hashlib
 import mmap
 import os
 import struct
@@ -19,6 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
 from megatron_joy.data.atomic import commit_partial, partial_path
 from megatron_joy.errors import UserError
@@ -58,14 +58,14 @@ def idx_path(prefix: Path) -> Path:
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """What a writer knows of the shard it has just written; sizes in bytes, hashes as hexadecimal SHA-256."""
+    """What a writer knows of the shard it has just written; sizes in bytes, hashes as hexadecimal BLAKE3."""
 
     documents: int
     tokens: int
     bin_bytes: int
-    bin_sha256: str
+    bin_blake3: str
     idx_bytes: int
-    idx_sha256: str
+    idx_blake3: str
 
 
 def index_bytes(lengths: npt.NDArray[np.int32], dtype: np.dtype[Any]) -> bytes:
@@ -100,7 +100,7 @@ class ShardWriter:
         self._bin_partial = partial_path(bin_path(prefix))
         self._idx_partial = partial_path(idx_path(prefix))
         self._stream = open(self._bin_partial, "wb")  # noqa: SIM115 (closed by close or abandon)
-        self._hash = hashlib.sha256()
+        self._hash = blake3()
         self._bytes = 0
 
     def add(self, tokens: TokenArray, lengths: npt.NDArray[np.integer[Any]]) -> None:
@@ -147,9 +147,9 @@ class ShardWriter:
             documents=len(lengths),
             tokens=self._bytes // self.dtype.itemsize,
             bin_bytes=self._bytes,
-            bin_sha256=self._hash.hexdigest(),
+            bin_blake3=self._hash.hexdigest(),
             idx_bytes=len(index),
-            idx_sha256=hashlib.sha256(index).hexdigest(),
+            idx_blake3=blake3(index).hexdigest(),
         )
         return self.summary
 

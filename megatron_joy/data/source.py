@@ -52,7 +52,7 @@ def source_fingerprint(manifest: Manifest) -> str:
     """
     digest = hashlib.sha256(f"{manifest.source}\n{manifest.tokenizer.sha256}\n{manifest.dtype}\n".encode())
     for entry in manifest.shards:
-        digest.update(f"{entry.tokens} {entry.bin_sha256}\n".encode())
+        digest.update(f"{entry.tokens} {entry.bin_blake3}\n".encode())
     return digest.hexdigest()
 
 

@@ -3,7 +3,6 @@
 What a manifest and an index say about the files is taken on trust by every reader; this is where it is tested.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_joy.data.checksum import file_blake3, file_sha256
 from megatron_joy.data.manifest import (
     MANIFEST_NAME,
     SCORES_SUFFIX,
@@ -25,6 +25,7 @@ from megatron_joy.data.provenance import read_origins
 from megatron_joy.data.shards import ShardReader, bin_path, idx_path
 from megatron_joy.errors import UserError
 
+Digest = Callable[[Path], str]
 BLOCK = 1 << 18  # tokens looked at together: a block stays in the processor's cache
 SHARD_ENDINGS = (".bin", ".idx", ".documents.jsonl.zst", SCORES_SUFFIX)
 
@@ -70,12 +71,9 @@ def shard_sets(folder: Path) -> list[Path]:
     return found
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _check_file(path: Path, size: int | None, sha256: str | None) -> Iterator[Problem]:
+def _check_file(
+    path: Path, size: int | None, expected: str | None, kind: str = "BLAKE3", digest_of: Digest = file_blake3
+) -> Iterator[Problem]:
     """Presence, size and checksum of one file."""
     if not path.is_file():
         yield Problem(str(path), "file", "nothing", "a file")
@@ -83,9 +81,9 @@ def _check_file(path: Path, size: int | None, sha256: str | None) -> Iterator[Pr
     found = path.stat().st_size
     if size is not None and found != size:
         yield Problem(str(path), "size", f"{found} bytes", f"{size} by the manifest")
-    digest = _sha256(path) if sha256 is not None else None
-    if digest != sha256:
-        yield Problem(str(path), "SHA-256", str(digest), f"{sha256} by the manifest")
+    digest = digest_of(path) if expected is not None else None
+    if digest != expected:
+        yield Problem(str(path), kind, str(digest), f"{expected} by the manifest")
 
 
 def _check_index(reader: ShardReader, path: str) -> Iterator[Problem]:
@@ -134,7 +132,7 @@ def _check_provenance(folder: Path, entry: ShardEntry) -> Iterator[Problem]:
     if entry.provenance is None:
         return
     path = folder / entry.provenance
-    yield from _check_file(path, None, entry.provenance_sha256)
+    yield from _check_file(path, None, entry.provenance_blake3)
     if path.is_file():
         try:
             count = sum(1 for _ in read_origins(path))
@@ -149,7 +147,7 @@ def _check_scores(folder: Path, manifest: Manifest, entry: ShardEntry) -> Iterat
     if entry.scores is None:
         return
     path = folder / entry.scores
-    yield from _check_file(path, None, entry.scores_sha256)
+    yield from _check_file(path, None, entry.scores_blake3)
     if not path.is_file():
         return
     expected = (entry.documents, len(manifest.score_columns))
@@ -167,8 +165,8 @@ def check_shard(folder: Path, manifest: Manifest, entry: ShardEntry) -> list[Pro
     prefix = folder / entry.name
     index, data = idx_path(prefix), bin_path(prefix)
     problems = [
-        *_check_file(data, entry.bin_bytes, entry.bin_sha256),
-        *_check_file(index, entry.idx_bytes, entry.idx_sha256),
+        *_check_file(data, entry.bin_bytes, entry.bin_blake3),
+        *_check_file(index, entry.idx_bytes, entry.idx_blake3),
         *_check_provenance(folder, entry),
         *_check_scores(folder, manifest, entry),
     ]
@@ -192,7 +190,7 @@ def check_shard(folder: Path, manifest: Manifest, entry: ShardEntry) -> list[Pro
 def check_tokenizer(folder: Path, manifest: Manifest) -> list[Problem]:
     """Whether the set's copy of the tokenizer is the one that its tokens are of."""
     path = folder / TOKENIZER_FOLDER / "tokenizer.json"
-    return list(_check_file(path, None, manifest.tokenizer.sha256))
+    return list(_check_file(path, None, manifest.tokenizer.sha256, "SHA-256", file_sha256))
 
 
 def check_strays(folder: Path, manifest: Manifest) -> list[Problem]:

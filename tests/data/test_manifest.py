@@ -29,11 +29,11 @@ def entry(name: str, documents: int = 2, tokens: int = 10) -> ShardEntry:
         documents=documents,
         tokens=tokens,
         bin_bytes=2 * tokens,
-        bin_sha256=HASH,
+        bin_blake3=HASH,
         idx_bytes=100,
-        idx_sha256=HASH,
+        idx_blake3=HASH,
         provenance=f"{name}.documents.jsonl.zst",
-        provenance_sha256=HASH,
+        provenance_blake3=HASH,
     )
 
 
@@ -80,7 +80,7 @@ def test_the_same_manifest_has_the_same_bytes(tmp_path: Path) -> None:
         (("shards", 1, "name"), "shard_00000", "two have the name shard_00000"),
         (("shards", 1, "tokens"), 11, "totals.tokens: 30, but the shards sum to 31"),
         (("shards", 1, "documents"), -1, "shards.1.documents"),
-        (("shards", 1, "bin_sha256"), "abc", "shards.1.bin_sha256"),
+        (("shards", 1, "bin_blake3"), "abc", "shards.1.bin_blake3"),
         (("totals", "documents"), 7, "totals.documents: 7, but the shards sum to 6"),
         (("accounts", "dropped", "empty"), 2, "off by -1"),
         (("accounts", "documents_in"), 10, "off by 1"),
@@ -103,7 +103,7 @@ def test_all_problems_are_named_at_once(tmp_path: Path) -> None:
     edited(tmp_path, "shards", value=[{"name": "../a"}, {"name": "b"}])
     with pytest.raises(UserError) as error:
         load_manifest(tmp_path)
-    for key in ("shards.0.name", "shards.0.tokens", "shards.1.bin_sha256"):
+    for key in ("shards.0.name", "shards.0.tokens", "shards.1.bin_blake3"):
         assert key in str(error.value)
 
 

@@ -96,14 +96,14 @@ def test_any_documents_come_back_and_every_token_knows_its_document(
 
 
 def test_summary_is_what_lies_on_disk(tmp_path: Path) -> None:
-    import hashlib
+    from blake3 import blake3
 
     summary = write(tmp_path / "shard", DOCUMENTS).summary
     assert summary is not None
     data, index = bin_path(tmp_path / "shard").read_bytes(), idx_path(tmp_path / "shard").read_bytes()
     assert (summary.documents, summary.tokens) == (3, 8)
-    assert (summary.bin_bytes, summary.bin_sha256) == (len(data), hashlib.sha256(data).hexdigest())
-    assert (summary.idx_bytes, summary.idx_sha256) == (len(index), hashlib.sha256(index).hexdigest())
+    assert (summary.bin_bytes, summary.bin_blake3) == (len(data), blake3(data).hexdigest())
+    assert (summary.idx_bytes, summary.idx_blake3) == (len(index), blake3(index).hexdigest())
 
 
 def test_an_error_while_writing_leaves_nothing(tmp_path: Path) -> None:

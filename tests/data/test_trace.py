@@ -79,7 +79,7 @@ def test_shards_without_provenance_are_traced_to_the_document_number(run: tuple[
         path = folder.parent / name / "manifest.json"
         manifest: dict[str, Any] = json.loads(path.read_text())
         for shard in manifest["shards"]:
-            shard["provenance"] = shard["provenance_sha256"] = None
+            shard["provenance"] = shard["provenance_blake3"] = None
         path.write_text(json.dumps(manifest))
     rows = trace(folder, 1, 0)
     assert all(row["origin"] is None and row["document"] >= 0 for row in rows)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_joy.data.checksum import file_blake3
 from megatron_joy.data.manifest import (
     Accounts,
     Manifest,
@@ -39,7 +40,7 @@ def make_set(folder: Path, documents: list[list[int]] | None = None, vocab_size:
         provenance = prefix.with_name(prefix.name + SUFFIX)
         digest = write_origins(provenance, [DocumentOrigin("a", "f.txt", 0, "MIT", "ab", 9)] * len(part))
         entries.append(
-            ShardEntry(name=prefix.name, provenance=provenance.name, provenance_sha256=digest, **vars(writer.summary))
+            ShardEntry(name=prefix.name, provenance=provenance.name, provenance_blake3=digest, **vars(writer.summary))
         )
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.json").write_bytes(TOKENIZER)
@@ -126,10 +127,7 @@ def believed(folder: Path) -> None:
     manifest = load_manifest(folder)
     entries = []
     for entry in manifest.shards:
-        digests = {
-            f"{kind}_sha256": hashlib.sha256((folder / f"{entry.name}.{kind}").read_bytes()).hexdigest()
-            for kind in ("bin", "idx")
-        }
+        digests = {f"{kind}_blake3": file_blake3(folder / f"{entry.name}.{kind}") for kind in ("bin", "idx")}
         entries.append(entry.model_copy(update=digests))
     write_manifest(folder, manifest.model_copy(update={"shards": entries}))
 

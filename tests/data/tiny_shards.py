@@ -56,7 +56,7 @@ def write_shard_set(
             position += len(raw)
         provenance = name + SUFFIX
         digest = write_origins(folder / provenance, origins)
-        entries.append(ShardEntry(name=name, provenance=provenance, provenance_sha256=digest, **vars(writer.summary)))
+        entries.append(ShardEntry(name=name, provenance=provenance, provenance_blake3=digest, **vars(writer.summary)))
         everything += documents
     (folder / "corpus.txt").write_bytes("".join(text for texts in shards for text in texts).encode())
     write_manifest(folder, _manifest(entries, source, tokenizer, eod))

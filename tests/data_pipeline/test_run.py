@@ -121,7 +121,7 @@ def test_every_document_can_be_traced_to_its_bytes(undisturbed: Path) -> None:
                     text = json.loads(stream.readline())["text"]
                 assert text == next(documents)
                 assert (origin.source, origin.bytes_text) == ("texts", len(text.encode()))
-                assert origin.sha256 == text_hash(text.encode()).hex()
+                assert origin.blake3 == text_hash(text.encode()).hex()
         assert next(documents, None) is None
 
 

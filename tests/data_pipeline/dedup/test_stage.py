@@ -35,7 +35,7 @@ def kept(out: Path) -> set[str]:
     for split in ("train", "validation"):
         for entry in load_manifest(out / split).shards:
             assert entry.provenance is not None
-            found |= {origin.sha256 for origin in read_origins(out / split / entry.provenance)}
+            found |= {origin.blake3 for origin in read_origins(out / split / entry.provenance)}
     return found
 
 

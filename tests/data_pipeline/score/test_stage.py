@@ -125,7 +125,7 @@ def test_verify_notices_a_flipped_bit_of_the_scores(scored: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     (problem,) = verify(scored / "train").problems
-    assert (problem.file, problem.check) == (str(path), "SHA-256")
+    assert (problem.file, problem.check) == (str(path), "BLAKE3")
     path.write_bytes(content)
 
 
