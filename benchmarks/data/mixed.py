@@ -1,8 +1,8 @@
 """From mixed raw inputs to a trained model, killed twice on the way: what `docs/data.md` promises, in one go.
 
-    python benchmarks/data/mixed.py [--megabytes 200] [--workers 2] [--steps 40] [--keep FOLDER]
+    python benchmarks/data/mixed.py [--megabytes 200] [--workers 2] [--steps 40] [--html FOLDER ...] [--keep FOLDER]
 
-Makes WARC, JSONL, parquet and a source tree of what is installed; runs the pipeline undisturbed; runs it again and
+--html names folders with more pages, as documentation packages unpack into. Makes WARC, JSONL, parquet and a source tree of what is installed; runs the pipeline undisturbed; runs it again and
 kills all of it (SIGKILL) after a third and after two thirds of its tasks; compares every byte; verifies; reads a shard
 with Megatron-core's GPTDataset against the tokens of its documents; trains joyai_tiny on it; writes the report. Fails
 at the first thing that does not hold.
@@ -117,9 +117,9 @@ def train(out: Path, run: Path, steps: int) -> tuple[float, float]:
     return losses[0], losses[-1]
 
 
-def whole_story(folder: Path, megabytes: float, workers: int, steps: int) -> dict[str, Any]:
+def whole_story(folder: Path, megabytes: float, html: list[Path], workers: int, steps: int) -> dict[str, Any]:
     """Do all of it; returns what was seen."""
-    sizes = write_inputs(folder / "in", megabytes)
+    sizes = write_inputs(folder / "in", megabytes, html)
     shard = max(0.5, megabytes / 20)
     first = write_pipeline(folder / "in", folder / "undisturbed", shard)
     seconds = run_whole(first, workers)
@@ -155,11 +155,14 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=200.0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--html", type=Path, nargs="*", default=[], help="folders with more HTML")
     parser.add_argument("--keep", type=Path, help="a folder for everything; none: a temporary one, removed at the end")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = (options.keep or Path(name)).absolute()
-        print(json.dumps(whole_story(folder, options.megabytes, options.workers, options.steps), indent=2))
+        print(
+            json.dumps(whole_story(folder, options.megabytes, options.html, options.workers, options.steps), indent=2)
+        )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ own text.
 
 import gzip
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import orjson
@@ -18,13 +19,13 @@ from data_pipeline.environment import environment_files
 
 HTML_ROOTS = ("/usr/share/doc", "/usr/share/gtk-doc")
 SMALLEST_PAGE = 2_000  # bytes; below it is a redirect or a frame
-HTML_SHARE, JSONL_SHARE, PARQUET_SHARE = 0.15, 0.25, 0.25  # of the size asked for; the rest is source code
+HTML_SHARE, JSONL_SHARE, PARQUET_SHARE = 0.2, 0.2, 0.2  # of the size asked for; the rest is source code
 
 
-def html_pages() -> Iterator[tuple[str, bytes]]:
-    """(URL, HTML) of every page that is installed, in order."""
+def html_pages(folders: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
+    """(URL, HTML) of every page in these folders, in the system's documentation and in installed packages, in order."""
     packages = Path(os.__file__).parents[1]
-    for root in (*map(Path, HTML_ROOTS), packages):
+    for root in (*folders, *map(Path, HTML_ROOTS), packages):
         for path in sorted(root.rglob("*.html")):
             if path.is_file() and not path.is_symlink() and path.stat().st_size >= SMALLEST_PAGE:
                 yield f"http://docs.example/{path.relative_to(root).as_posix()}", path.read_bytes()
@@ -40,44 +41,48 @@ def warc_record(url: str, page: bytes) -> bytes:
     return head.encode() + body + b"\r\n\r\n"
 
 
-def _texts(part: str, megabytes: float) -> Iterator[tuple[str, bytes]]:
-    """(path, UTF-8 text) of a part of the environment, up to a size."""
-    room = megabytes * 1e6
+def _texts(part: str) -> Iterator[tuple[str, bytes]]:
+    """(path, UTF-8 text) of a part of the environment."""
     for file in environment_files(part):
-        content = Path(file.location).read_bytes()
-        if room <= 0:
-            return
-        room -= len(content)
-        yield file.path, content.decode("utf-8", "replace").encode()
+        yield file.path, Path(file.location).read_bytes().decode("utf-8", "replace").encode()
 
 
-def write_inputs(folder: Path, megabytes: float) -> dict[str, float]:
-    """Write `pages/`, `lines/`, `tables/` and `tree/`; returns megabytes of text (of HTML for pages) in each."""
-    sizes = {}
+def _up_to(megabytes: float, items: Iterator[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
+    """Items until their contents reach a size; what is left stays in `items`."""
+    room = megabytes * 1e6
+    while room > 0 and (item := next(items, None)) is not None:
+        room -= len(item[1])
+        yield item
+
+
+def write_inputs(folder: Path, megabytes: float, html: Iterable[Path] = ()) -> dict[str, float]:
+    """Write `pages/`, `lines/`, `tables/` and `tree/`; returns megabytes of text (of HTML for pages) in each.
+
+    Where documentation or the standard library are smaller than their share, package sources fill it.
+    """
+    sources = _texts("package_sources")
+    sizes = dict.fromkeys(("pages", "lines", "tables", "tree"), 0.0)
+
+    def counted(name: str, items: Iterator[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
+        for item in items:
+            sizes[name] += len(item[1]) / 1e6
+            yield item
+
     (folder / "pages").mkdir(parents=True)
-    room = written = megabytes * HTML_SHARE * 1e6
     with open(folder / "pages" / "crawl.warc.gz", "wb") as stream:
-        for url, page in html_pages():
-            if room <= 0:
-                break
-            room -= len(page)
+        for url, page in counted("pages", _up_to(megabytes * HTML_SHARE, html_pages(html))):
             stream.write(gzip.compress(warc_record(url, page), mtime=0))
-    sizes["pages"] = (written - room) / 1e6
     (folder / "lines").mkdir()
+    found = counted("lines", _up_to(megabytes * JSONL_SHARE, chain(_texts("package_documentation"), sources)))
     with gzip.GzipFile(folder / "lines" / "docs.jsonl.gz", "wb", mtime=0) as lines:
-        found = list(_texts("package_documentation", megabytes * JSONL_SHARE))
         lines.writelines(orjson.dumps({"text": text.decode(), "id": path}) + b"\n" for path, text in found)
-    sizes["lines"] = sum(len(text) for _, text in found) / 1e6
     (folder / "tables").mkdir()
-    found = list(_texts("standard_library", megabytes * PARQUET_SHARE))
+    found = counted("tables", _up_to(megabytes * PARQUET_SHARE, chain(_texts("standard_library"), sources)))
     pq.write_table(pa.table({"text": [text.decode() for _, text in found]}), folder / "tables" / "library.parquet")
-    sizes["tables"] = sum(len(text) for _, text in found) / 1e6
-    sizes["tree"] = 0.0
-    for path, text in _texts("package_sources", megabytes - sum(sizes.values())):
+    for path, text in counted("tree", _up_to(megabytes - sum(sizes.values()), sources)):
         place = folder / "tree" / path
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(text)
-        sizes["tree"] += len(text) / 1e6
     return sizes
 
 
