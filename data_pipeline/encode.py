@@ -70,6 +70,8 @@ class Encoder:
         self._room = settings.memory_megabytes * MEGABYTE
         self._grown = 0
         self._until_check = 0
+        # Of the last batch. Fresh memory for each batch would cost as much as looking at its tokens twice.
+        self._tokens: Ids = np.zeros(0, dtype=np.uint32)
         self._oracle: Tokenizer | None = None
         self._fast: Any = None
         if settings.engine != "huggingface":
@@ -125,12 +127,17 @@ class Encoder:
     def encode(self, texts: Sequence[bytes]) -> tuple[Ids, npt.NDArray[np.int64]]:
         """UTF-8 texts to ids [tokens] uint32, eod after each document, and lengths [documents] int64, eod included.
 
+        The tokens lie in a buffer that the next call writes into.
+
         Raises OracleDifference when a check fails, WorkError when a text would contain the eod.
         """
         encoded = self._encode_fast(texts) if self._fast is not None else self._encode_slowly(texts)
         lengths = np.fromiter((len(ids) for ids in encoded), np.int64, len(encoded)) + 1
+        total = int(lengths.sum())
+        if total > len(self._tokens):
+            self._tokens = np.empty(total + total // 4, dtype=np.uint32)
         end = np.array([self._eod], dtype=np.uint32)
-        tokens = np.concatenate([part for ids in encoded for part in (ids, end)] or [end[:0]])
+        tokens = np.concatenate([part for ids in encoded for part in (ids, end)] or [end[:0]], out=self._tokens[:total])
         if np.count_nonzero(tokens == np.uint32(self._eod)) != len(encoded):
             raise WorkError(f"{self._folder}: the tokenizer gives its end-of-document id {self._eod} for ordinary text")
         return tokens, lengths

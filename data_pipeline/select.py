@@ -36,7 +36,7 @@ class Losses:
     def add(self, reason: str, document: Spooled) -> None:
         """Count a document that goes."""
         self.documents.setdefault(reason, Counter())[document.input] += 1
-        self.bytes.setdefault(reason, Counter())[document.input] += len(document.text)
+        self.bytes.setdefault(reason, Counter())[document.input] += document.size
         file = self._job.plan.inputs[document.input]
         source = self._job.pipeline.sources[file.source].name
         place = {"source": source, "file": file.path, "offset": document.offset, "url": document.url}

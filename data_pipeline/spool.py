@@ -2,15 +2,18 @@
 
 A document's bucket follows from its text alone, so equal texts meet in one bucket, where all but the first are dropped,
 and a bucket is a random sample of the corpus. Each bucket becomes one shard; its documents are ordered there by a
-seeded hash. Nothing ever holds more than one bucket, or `RUN_BYTES` of a read task, in memory.
+seeded hash. Nothing ever holds more than one bucket, or one run of a read task, in memory.
 
 A spool is one file of frames, one for each run and bucket, and an index, int64 [frames, 5]: bucket, offset, bytes,
-documents, XXH3 of the frame. It isn't compressed: that would cost a fifth of the time that encoding takes.
+documents, XXH3 of the frame. It isn't compressed: that would cost a fifth of the time that encoding takes. Few buckets
+get small runs, which stay in the processor's cache from parsing to writing; many get long ones, so that frames stay
+worth a disk's seek. Frames are mapped, and a text is copied out only when it is asked for.
 """
 
 import hashlib
+import mmap
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,7 +26,8 @@ from blake3 import blake3
 from megatron_joy.data.atomic import atomic_file
 from megatron_joy.errors import WorkError
 
-RUN_BYTES = 64_000_000  # text that a read task gathers before it writes a run
+SMALLEST_RUN, LARGEST_RUN = 2_000_000, 64_000_000  # text that a read task gathers before it writes a run
+FRAME_BYTES = 250_000  # what a run should have for each bucket, within these bounds
 HASH_BYTES = 16
 HEADER = struct.Struct("<16sIQIHHHI")  # hash, input, offset, part; bytes of licence, URL, language, text
 LONGEST_LICENCE, LONGEST_URL = 255, 4096  # bytes
@@ -33,16 +37,26 @@ SPLIT_SCALE = 2**32
 
 @dataclass(slots=True)
 class Spooled:
-    """A document with the first 16 bytes of its text's BLAKE3 and where it is from."""
+    """A document with the first 16 bytes of its text's BLAKE3 and where it is from. view: its text in UTF-8."""
 
     hash: bytes
     input: int
     offset: int
     licence: str | None
-    text: bytes
+    view: bytes | memoryview
     url: str | None = None
     language: str | None = None
     part: int = 0
+
+    @property
+    def text(self) -> bytes:
+        """The text in UTF-8; a copy where it lies in a mapped spool."""
+        return bytes(self.view)
+
+    @property
+    def size(self) -> int:
+        """Bytes of text."""
+        return len(self.view)
 
 
 @dataclass(frozen=True)
@@ -82,12 +96,9 @@ def text_hash(text: bytes) -> bytes:
     return blake3(text).digest(length=HASH_BYTES)
 
 
-def frame_checksum(parts: Iterable[bytes]) -> int:
-    """XXH3 of a frame that lies in parts, in 63 bits."""
-    state = xxhash.xxh3_64()
-    for part in parts:
-        state.update(part)
-    return int(state.intdigest() >> 1)
+def frame_checksum(frame: bytes | memoryview) -> int:
+    """XXH3 of a frame in 63 bits."""
+    return int(xxhash.xxh3_64_intdigest(frame) >> 1)
 
 
 class SpoolWriter:
@@ -96,7 +107,8 @@ class SpoolWriter:
     def __init__(self, stream: BinaryIO, buckets: Buckets) -> None:
         self._stream = stream
         self._buckets = buckets
-        self._gathered: dict[int, list[bytes]] = {}
+        self._run = min(LARGEST_RUN, max(SMALLEST_RUN, buckets.total * FRAME_BYTES))
+        self._gathered: dict[int, list[bytes | memoryview]] = {}
         self._size = 0
         self._offset = 0
         self._rows: list[tuple[int, int, int, int, int]] = []
@@ -106,21 +118,21 @@ class SpoolWriter:
         licence = (document.licence or "").encode()[:LONGEST_LICENCE]
         url = (document.url or "").encode()[:LONGEST_URL]
         language = (document.language or "").encode()
-        sizes = (len(licence), len(url), len(language), len(document.text))
+        sizes = (len(licence), len(url), len(language), document.size)
         header = HEADER.pack(document.hash, document.input, document.offset, document.part, *sizes)
-        parts = (header, licence + url + language, document.text)
+        parts = (header + licence + url + language, document.view)
         self._gathered.setdefault(self._buckets.bucket_of(document.hash), []).extend(parts)
-        self._size += len(document.text)
-        if self._size >= RUN_BYTES:
+        self._size += document.size
+        if self._size >= self._run:
             self.flush()
 
     def flush(self) -> None:
         """Write what was gathered as one run, bucket by bucket."""
         for bucket, parts in sorted(self._gathered.items()):
-            self._stream.writelines(parts)
-            size = sum(map(len, parts))
-            self._rows.append((bucket, self._offset, size, len(parts) // 3, frame_checksum(parts)))
-            self._offset += size
+            frame = b"".join(parts)
+            self._stream.write(frame)
+            self._rows.append((bucket, self._offset, len(frame), len(parts) // 2, frame_checksum(frame)))
+            self._offset += len(frame)
         self._gathered.clear()
         self._size = 0
 
@@ -140,11 +152,11 @@ def write_index(path: Path, index: npt.NDArray[np.int64]) -> None:
         np.save(stream, index, allow_pickle=False)
 
 
-def _stated(content: bytes) -> str | None:
-    return content.decode("utf-8", "ignore") or None
+def _stated(content: memoryview) -> str | None:
+    return (bytes(content).decode("utf-8", "ignore") or None) if content else None
 
 
-def _parse(content: bytes) -> Iterator[Spooled]:
+def _parse(content: memoryview) -> Iterator[Spooled]:
     place = 0
     while place < len(content):
         digest, file, offset, part, licence_bytes, url_bytes, language_bytes, text_bytes = HEADER.unpack_from(
@@ -168,22 +180,24 @@ def _read_frames(folder: Path, bucket: int | None) -> Iterator[Spooled]:
     data, index = spool_paths(folder)
     rows = np.load(index, allow_pickle=False)
     chosen = rows if bucket is None else rows[rows[:, 0] == bucket]
+    if not len(chosen):
+        return
     with open(data, "rb") as stream:
-        for _, offset, size, documents, checksum in chosen.tolist():
-            stream.seek(offset)
-            content = stream.read(size)
-            if len(content) != size or frame_checksum([content]) != checksum:
-                raise WorkError(f"{data}: damaged at byte {offset} (its checksum differs); remove it and run again")
-            found = 0
-            for document in _parse(content):
-                found += 1
-                yield document
-            if found != documents:
-                raise WorkError(f"{data}: {found} documents at byte {offset}, its index says {documents}")
+        whole = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+    for _, offset, size, documents, checksum in chosen.tolist():
+        content = whole[offset : offset + size]
+        if len(content) != size or frame_checksum(content) != checksum:
+            raise WorkError(f"{data}: damaged at byte {offset} (its checksum differs); remove it and run again")
+        found = 0
+        for document in _parse(content):
+            found += 1
+            yield document
+        if found != documents:
+            raise WorkError(f"{data}: {found} documents at byte {offset}, its index says {documents}")
 
 
 def read_bucket(folders: list[Path], bucket: int) -> Iterator[Spooled]:
-    """A bucket's documents over all read tasks, in the order of the inputs; a frame at a time in memory.
+    """A bucket's documents over all read tasks, in the order of the inputs; texts stay in the mapped file.
 
     Raises WorkError as `_read_frames`.
     """

@@ -63,7 +63,7 @@ def _sample(job: Job) -> Iterator[str]:
         for document in unique(read_bucket(spools_of(job), bucket)):
             if room <= 0:
                 return
-            room -= len(document.text)
+            room -= document.size
             yield document.text.decode()
 
 

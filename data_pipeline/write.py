@@ -1,7 +1,7 @@
 """One bucket becomes one shard: duplicates dropped, order shuffled, encoded, written with its documents' origins."""
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,8 +23,9 @@ from megatron_joy.data.manifest import SCORES_SUFFIX, TOKENIZER_FOLDER, ShardEnt
 from megatron_joy.data.provenance import SUFFIX, DocumentOrigin, write_origins
 from megatron_joy.data.shards import ShardSummary, ShardWriter, bin_path, idx_path, token_dtype
 
+Text = bytes | memoryview  # UTF-8
 UNKNOWN = "unknown"  # language of documents that no transform identified
-BATCH_BYTES = 2_000_000  # text that is encoded and written at a time
+BATCH_BYTES = 1_000_000  # text that is encoded and written at a time: its tokens stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,17 @@ class Written:
     note: str | None
 
 
-def encode_in_batches(encoder: Encoder, texts: list[bytes]) -> Iterator[tuple[Ids, npt.NDArray[np.int64]]]:
-    """The texts' tokens and lengths, about `BATCH_BYTES` of text at a time."""
+def encode_in_batches(encoder: Encoder, texts: Sequence[Text]) -> Iterator[tuple[Ids, npt.NDArray[np.int64]]]:
+    """The texts' tokens and lengths, about `BATCH_BYTES` of text at a time; tokens last until the next batch."""
     first, size = 0, 0
     for number, text in enumerate(texts, 1):
         size += len(text)
         if size >= BATCH_BYTES or number == len(texts):
-            yield encoder.encode(texts[first:number])
+            yield encoder.encode([bytes(text) for text in texts[first:number]])
             first, size = number, 0
 
 
-def write_tokens(prefix: Path, encoder: Encoder, texts: list[bytes], vocab_size: int) -> Written:
+def write_tokens(prefix: Path, encoder: Encoder, texts: Sequence[Text], vocab_size: int) -> Written:
     """Encode texts into the shard `prefix`. Raises OracleDifference and then leaves nothing behind."""
     by_id = np.zeros(vocab_size, dtype=np.int64)
     by_document = [np.zeros(0, dtype=np.int64)]
@@ -68,7 +69,7 @@ def _encoder(folder: Path, identity: TokenizerIdentity, settings: EncodeSection)
     return Encoder(folder, identity, settings)
 
 
-def _write_checked(job: Job, prefix: Path, texts: list[bytes], identity: TokenizerIdentity) -> Written:
+def _write_checked(job: Job, prefix: Path, texts: Sequence[Text], identity: TokenizerIdentity) -> Written:
     """As write_tokens; where gigatoken and the oracle differ, the whole shard is the oracle's."""
     folder, settings = job.folder / TOKENIZER_FOLDER, job.pipeline.encode
     encoder = _encoder(folder, identity, settings)
@@ -87,8 +88,7 @@ def origins_of(job: Job, documents: list[Spooled]) -> list[DocumentOrigin]:
     found = []
     for document in documents:
         file = job.plan.inputs[document.input]
-        size = len(document.text)
-        place = (names[file.source], file.path, document.offset, document.licence, document.hash.hex(), size)
+        place = (names[file.source], file.path, document.offset, document.licence, document.hash.hex(), document.size)
         found.append(DocumentOrigin(*place, document.url, document.language, document.part))
     return found
 
@@ -136,7 +136,7 @@ def write_task(job: Job, shard: int) -> TaskResult:
     if not documents:
         return TaskResult([], statistics)
     prefix = job.folder / split / f"shard_{number:05d}"
-    written = _write_checked(job, prefix, [document.text for document in documents], identity)
+    written = _write_checked(job, prefix, [document.view for document in documents], identity)
     origins = origins_of(job, documents)
     provenance = prefix.with_name(prefix.name + SUFFIX)
     entry = ShardEntry(

@@ -2,10 +2,10 @@
 
     python benchmarks/data/mixed.py [--megabytes 200] [--workers 2] [--steps 40] [--html FOLDER ...] [--keep FOLDER]
 
---html names folders with more pages, as documentation packages unpack into. Makes WARC, JSONL, parquet and a source tree
-of what is installed; runs the pipeline undisturbed; runs it again and kills all of it (SIGKILL) after a third and after
-two thirds of its tasks; compares every byte; verifies; reads a shard with Megatron-core's GPTDataset against the tokens
-of its documents; trains joyai_tiny on it; writes the report. Fails at the first thing that does not hold.
+--html names folders with more pages, as documentation packages unpack into. Makes WARC, JSONL, parquet and a source
+tree of what is installed; runs the pipeline undisturbed; runs it again and kills all of it (SIGKILL) after a third and
+after two thirds of its tasks; compares every byte; verifies; reads a shard with Megatron-core's GPTDataset against the
+tokens of its documents; trains joyai_tiny on it; writes the report. Fails at the first thing that does not hold.
 """
 
 import argparse

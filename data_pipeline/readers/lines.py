@@ -75,7 +75,7 @@ def read_lines(stream: BinaryIO, piece: Piece, source: SourceSection, limit: int
                 yield Rejected("too_large", start, excerpt(line))
                 continue
             content = line.removeprefix(BYTE_ORDER_MARK) if start == 0 else line
-            if content.strip():
+            if not content.isspace():
                 yield _parse_line(content, start, source)
     except BROKEN_STREAM as error:
         yield Rejected("broken_compression", start, str(error))

@@ -43,7 +43,7 @@ def test_every_document_comes_out_once_in_its_bucket_and_in_order(
     folder = tmp_path_factory.mktemp("spool")
     buckets = divide(10_000, share, 3000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "RUN_BYTES", run_bytes)
+        patch.setattr(module, "LARGEST_RUN", run_bytes)
         spool(folder, texts, buckets)
     found = [list(read_bucket([folder], bucket)) for bucket in range(buckets.total)]
     for bucket, documents in enumerate(found):
