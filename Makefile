@@ -18,11 +18,17 @@ TEST_WORKERS ?= 2
 # More options of `joy convert to-hf`, as ARGS='--precision fp8'
 ARGS ?=
 
-.PHONY: help setup demo test lint bench data-demo data-verify data-report data-plan data-mixed convert-hf clean
+# The stages of the data pipeline, each with a small example of its own: data_pipeline/pipelines/stage_<name>.toml
+STAGES := read extract clean pii decontaminate dedup score code chunk mix tokenise
+STAGE_TARGETS := $(addprefix data-,$(STAGES))
+
+.PHONY: help setup demo test lint bench data-demo data-verify data-report data-plan data-mixed convert-hf clean $(STAGE_TARGETS)
 
 help: ## Show this list
 	@echo "Megatron-Joy. Start with \`make demo\`; targets:"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  make data-STAGE   Run the example of one stage of the data pipeline:"
+	@echo "                    $(STAGES)"
 
 setup: $(STAMP) ## Create .venv with everything that the package and its tests need
 	@echo "$(VENV) is ready; try $(BIN)/joy"
@@ -56,6 +62,16 @@ data-report: data-demo ## Draw what became of every document of the demo's data
 
 data-plan: data-demo ## Extrapolate the demo's data run to 20 trillion tokens
 	@$(BIN)/joy plan --data data_pipeline/pipelines/demo.toml
+
+$(STAGE_TARGETS): data-%: data/stages/inputs
+	@$(BIN)/joy data run stage_$*
+	@$(BIN)/joy data stats data/stages/$*
+
+# Under another name until it is whole: an interrupted one must not pass for inputs.
+data/stages/inputs: | $(STAMP)
+	@rm -rf $@.partial
+	@$(BIN)/python tools/make_inputs.py --out $@.partial --megabytes 4
+	@mv $@.partial $@
 
 data-mixed: $(STAMP) ## From WARC, JSONL, parquet and sources to a trained model, killed twice on the way
 	@$(BIN)/python benchmarks/data/mixed.py

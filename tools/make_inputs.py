@@ -5,8 +5,9 @@
 Half of the size is WARC files (gzip, zstd and plain) of HTML: pages that installed packages ship, from the folders that
 --html names (usual ones are looked through when it is not given), and made pages of made sites around real prose
 (benchmarks/shared/pages.py). The rest is text and sources of the Python environment as JSONL, parquet, Markdown, parsed
-PDF pages and a source tree. A block list names some of the made sites, and a line filter is trained on made pages of
-other sites. Everything is a function of the arguments and of what is installed.
+PDF pages and a source tree. A block list names some of the made sites, two evaluation sets hold
+passages of the texts and questions of their own, and a line filter is trained on made pages of other sites. Everything
+is a function of the arguments and of what is installed.
 """
 
 import argparse
@@ -115,7 +116,21 @@ def write_texts(folder: Path, room: int) -> None:
             else:
                 note = f"---\ntitle: note {number}\n---\n\n{text}"
                 (folder / "notes" / f"{number:05d}.md").write_text(note, encoding="utf-8")
+    # What crawls hold twice: a text with a line that was added since.
+    rows += [{**row, "text": row["text"] + "\nSeen again.\n"} for row in rows[::40]]
     pq.write_table(pa.Table.from_pylist(rows), folder / "tables" / "texts.parquet", row_group_size=200)
+    write_evaluation(folder / "evaluation", texts)
+
+
+def write_evaluation(folder: Path, texts: list[str]) -> None:
+    """Two evaluation sets: passages of some of the texts, which leaked, and questions that stand in none."""
+    folder.mkdir(parents=True)
+    leaked = [" ".join(text.split()[20:60]) for text in texts[::50] if len(text.split()) >= 60]
+    asked = "What is {} times {} if every third apple of the other basket is sold before noon?"
+    questions = [asked.format(number, number + 3) for number in range(20)]
+    for name, items in (("leaked", leaked), ("arithmetic", questions)):
+        lines = "".join(json.dumps({"question": item}) + "\n" for item in items)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
 def write_sources(folder: Path, room: int) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 from data_pipeline.config import Pipeline, load_pipeline
 from data_pipeline.engine import Engine, Job, make_plan, save_plan
 from data_pipeline.stages import STAGES
+from megatron_joy.data.manifest import load_manifest
+from megatron_joy.data.shards import ShardReader
 
 # What tokenizers stumble over: marks, scripts, spaces, controls, digits, names of special tokens, odd code points.
 ODD_STRINGS = [
@@ -96,3 +98,16 @@ def digests(folder: Path) -> dict[str, str]:
     files = sorted(path for root in roots for path in root.rglob("*") if path.is_file())
     files.append(folder / "quarantine.jsonl")
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def documents_of(folder: Path) -> list[str]:
+    """Every document of a set, decoded, in order."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    found = []
+    for entry in load_manifest(folder).shards:
+        reader = ShardReader(folder / entry.name)
+        rows = (reader.document(number)[:-1].tolist() for number in range(len(reader)))
+        found += [tokenizer.decode(row, skip_special_tokens=False) for row in rows]
+    return found

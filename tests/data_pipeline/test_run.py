@@ -25,7 +25,15 @@ from megatron_joy.data.provenance import read_origins
 from megatron_joy.data.shards import ShardReader
 from megatron_joy.data.verify import verify
 from megatron_joy.errors import UserError, WorkError
-from tests.data_pipeline.corpora import digests, plan_inline, run_inline, texts, write_jsonl, write_pipeline
+from tests.data_pipeline.corpora import (
+    digests,
+    documents_of,
+    plan_inline,
+    run_inline,
+    texts,
+    write_jsonl,
+    write_pipeline,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +55,6 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed")
     run_inline(write_pipeline(corpus, out))
     return out
-
-
-def documents_of(folder: Path) -> list[str]:
-    """Every document of a set, decoded, in order."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
-    found = []
-    for entry in load_manifest(folder).shards:
-        reader = ShardReader(folder / entry.name)
-        rows = (reader.document(number)[:-1].tolist() for number in range(len(reader)))
-        found += [tokenizer.decode(row, skip_special_tokens=False) for row in rows]
-    return found
 
 
 def test_every_different_text_is_there_once_in_one_of_the_splits(undisturbed: Path) -> None:
