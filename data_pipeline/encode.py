@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from data_pipeline.config import EncodeSection
 from data_pipeline.tokenizer import TOKENIZER_FILE, load_tokenizer
+from megatron_joy.data.checksum import file_sha256
 from megatron_joy.data.manifest import TokenizerIdentity
 from megatron_joy.errors import WorkError
 
@@ -42,13 +43,24 @@ def gigatoken_of(folder: Path) -> gigatoken.Tokenizer:
     return gigatoken.Tokenizer.from_json(orjson.dumps(content))
 
 
+_oracle: dict[str, Tokenizer] = {}  # the last one, by its file's SHA-256: loading it takes as long as encoding 50 MB
+
+
 def oracle_of(folder: Path) -> Tokenizer:
-    """The Hugging Face library's tokenizer, which takes special tokens' strings for ordinary text."""
-    tokenizer = load_tokenizer(folder)
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
+    """The Hugging Face library's tokenizer, which takes special tokens' strings for ordinary text.
+
+    Raises UserError when it is missing or the library cannot load it.
+    """
+    path = folder / TOKENIZER_FILE
+    content = file_sha256(path) if path.is_file() else ""
+    if content not in _oracle:
+        tokenizer = load_tokenizer(folder)
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        _oracle.clear()
+        _oracle[content] = tokenizer
+    return _oracle[content]
 
 
 class Encoder:

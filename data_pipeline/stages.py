@@ -14,6 +14,7 @@ import numpy as np
 
 from data_pipeline.decontaminate.stage import contamination_settings, contamination_task, overlap_task
 from data_pipeline.dedup.stage import cluster_task, near_settings, sign_task
+from data_pipeline.encode import oracle_of
 from data_pipeline.engine import Job, Stage, TaskResult, statistics_of
 from data_pipeline.finish import finish_task
 from data_pipeline.inventory import MEGABYTE
@@ -25,7 +26,6 @@ from data_pipeline.tokenizer import (
     TOKENIZER_FILE,
     copy_tokenizer,
     identify,
-    load_tokenizer,
     package_folder,
     save_tokenizer,
     train_tokenizer,
@@ -83,7 +83,7 @@ def tokenizer_task(job: Job, shard: int) -> TaskResult:
     given = _given_tokenizer(job)
     if given is not None:
         identify(given, section.eod_token)
-        load_tokenizer(given)
+        oracle_of(given)
         files = copy_tokenizer(given, folder, section.eod_token)
     else:
         assert section.vocab_size is not None, "the schema asks for one of folder, package and vocab_size"

@@ -7,6 +7,7 @@ in its own process; CPU time is user + system of that process and its children. 
 measured by a run on 1 MB and taken off; both are printed.
   ours         joy data run, one worker: read, hash, deduplicate, split, shuffle, encode, check against the Hugging Face
                library, write shards with checksums, origins and manifests
+  cleaned      the same with three cheap transforms in the path: length, Unicode normal form, language
   gigatoken    the limit: parse each line, encode it, drop the result
   huggingface  parse each line, encode with encode_batch_fast on one thread (on 10 MB of it)
 """
@@ -33,6 +34,16 @@ DEEPSEEK = "deepseek"
 SLICE = 10.0  # megabytes for the Hugging Face library: it needs about a second for each
 # Byte to letter; one in eight becomes a space.
 LETTERS = bytes(32 if byte % 8 == 0 else 97 + byte % 26 for byte in range(256))
+CHAIN = """[[transforms]]
+kind = "length"
+[[transforms]]
+kind = "normalise"
+repair = false
+[[transforms]]
+kind = "language"
+keep = []
+threshold = 0.0
+"""
 START = 1.0  # megabytes of the run that start-up is measured by
 
 
@@ -99,14 +110,14 @@ def run_huggingface(corpus: Path, tokenizer: Path, out: Path) -> int:
     return total + sum(len(row.ids) for row in loaded.encode_batch_fast(batch, add_special_tokens=False))
 
 
-def run_ours(corpus: Path, tokenizer: Path, out: Path) -> int:
+def run_ours(corpus: Path, tokenizer: Path, out: Path, transforms: str = "") -> int:
     """The whole pipeline with one worker; returns tokens, end-of-document tokens not counted."""
     from data_pipeline.run import run_pipeline
     from megatron_joy.data.manifest import load_manifest
 
     pipeline = out / "pipeline.toml"
     pipeline.write_text(
-        f'name = "benchmark"\n[[sources]]\nname = "corpus"\nreader = "jsonl"\npaths = ["{corpus}"]\n'
+        f'name = "benchmark"\n[[sources]]\nname = "corpus"\nreader = "jsonl"\npaths = ["{corpus}"]\n{transforms}'
         f'[tokenizer]\nfolder = "{tokenizer}"\n[output]\nfolder = "{out}/shards"\n'
         "shard_megabytes = 64.0\nvalidation_share = 0.05\n"
     )
@@ -115,7 +126,12 @@ def run_ours(corpus: Path, tokenizer: Path, out: Path) -> int:
     return sum(total.tokens - total.documents for total in totals)
 
 
-CONTENDERS = {"ours": run_ours, "gigatoken": run_gigatoken, "huggingface": run_huggingface}
+def run_cleaned(corpus: Path, tokenizer: Path, out: Path) -> int:
+    """As run_ours with a few transforms; returns tokens of what they leave."""
+    return run_ours(corpus, tokenizer, out, CHAIN)
+
+
+CONTENDERS = {"ours": run_ours, "cleaned": run_cleaned, "gigatoken": run_gigatoken, "huggingface": run_huggingface}
 
 
 def measure(contender: str, corpus: Path, tokenizer: Path, out: Path) -> Result:

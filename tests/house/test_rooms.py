@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 OURS = {"megatron_joy", "data_pipeline", "launch"}
 
 # What of megatron_joy.data says nothing about tensors.
-SHARD_FORMAT = {"data.shards", "data.manifest", "data.order", "data.verify", "data.blend", "data.atomic"}
+SHARD_FORMAT = {f"data.{name}" for name in ("shards", "manifest", "order", "verify", "blend", "atomic", "checksum")}
 TORCH_FREE_DATA = (*SHARD_FORMAT, "data.provenance", "data.zstd", "data.ledger", "data.caps")
 TORCH_FREE_PLATFORM = ("platform.rank", "platform.rendezvous", "platform.stop_request")
 FOUNDATION = {"errors", "recipe", "platform"}
