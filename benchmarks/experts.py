@@ -2,18 +2,19 @@
 
     python benchmarks/experts.py [--experts 64] [--tokens 1024] [--repeats 5]
 
-Widths are JoyAI's (hidden 2048, expert width 768, top-8); forward and backward in fp32. Prints medians, their ratio and
-the largest difference of the outputs.
+Widths are JoyAI's (hidden 2048, expert width 768, top-8); forward and backward in fp32. Both take turns, so that a
+drifting machine touches both alike. Prints medians, the median and the quartiles of the pairs' ratios, by the clock and
+of the CPU, and the largest difference of the outputs.
 """
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from shared.pairs import Seconds, compared, timed
 from torch import Tensor
 
 HIDDEN, WIDTH, TOP_K = 2048, 768, 8
@@ -38,14 +39,12 @@ def loop(x: Tensor, fc1: Tensor, fc2: Tensor, counts: list[int]) -> Tensor:
     return torch.cat(parts)
 
 
-def seconds(form: Form, tensors: tuple[Tensor, Tensor, Tensor], counts: list[int]) -> float:
-    """One forward and backward pass."""
+def one_pass(form: Form, tensors: tuple[Tensor, Tensor, Tensor], counts: list[int]) -> None:
+    """Forward and backward."""
     for tensor in tensors:
         tensor.grad = None
-    began = time.perf_counter()
     out = form(*tensors, counts)
     out.backward(torch.ones_like(out))
-    return time.perf_counter() - began
 
 
 def main() -> None:
@@ -62,17 +61,15 @@ def main() -> None:
     fc2 = (torch.randn(given.experts, HIDDEN, WIDTH, generator=random) / 28).requires_grad_()
     with torch.no_grad():
         difference = float((grouped(x, fc1, fc2, counts) - loop(x, fc1, fc2, counts)).abs().max())
-    taken: dict[str, list[float]] = {"grouped": [], "loop": []}
+    forms: dict[str, Form] = {"grouped": grouped, "loop": loop}
+    taken: dict[str, list[Seconds]] = {name: [] for name in forms}
     for _ in range(given.repeats):
-        taken["grouped"].append(seconds(grouped, (x, fc1, fc2), counts))
-        taken["loop"].append(seconds(loop, (x, fc1, fc2), counts))
-    ours, theirs = statistics.median(taken["grouped"]), statistics.median(taken["loop"])
+        for name, form in forms.items():
+            taken[name].append(timed(partial(one_pass, form, (x, fc1, fc2), counts)))
     row = {
         "experts": given.experts,
         "routed_tokens": len(routed),
-        "grouped_seconds": round(ours, 3),
-        "loop_seconds": round(theirs, 3),
-        "loop_over_grouped": round(theirs / ours, 2),
+        **compared(taken["loop"], taken["grouped"], "loop", "grouped"),
         "largest_difference": difference,
         "threads": torch.get_num_threads(),
     }

@@ -3,22 +3,25 @@
     python benchmarks/packing.py [--lengths 4096 32768] [--mean-document 1000] [--heads 2] [--repeats 3]
 
 Head widths are JoyAI's (192 for queries and keys, 128 for values). Both go through torch's own kernel; the
-packed one never materialises a mask. Prints medians and their ratio.
+packed one never materialises a mask. Both take turns. Prints medians, and the median and the quartiles of the pairs'
+ratios, by the clock and of the CPU.
 """
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
+from shared.pairs import Seconds, compared, timed
 from torch import Tensor
 
 from megatron_joy.model.backends.portable_attention import attend, attend_packed
 
 QUERY_WIDTH, VALUE_WIDTH = 192, 128
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def documents(length: int, mean: int, seed: int) -> list[int]:
@@ -31,11 +34,9 @@ def documents(length: int, mean: int, seed: int) -> list[int]:
     return borders
 
 
-def seconds(attention: Callable[[Tensor, Tensor, Tensor], Tensor], tensors: list[Tensor]) -> float:
-    """One forward and backward pass."""
-    began = time.perf_counter()
+def one_pass(attention: Attention, tensors: list[Tensor]) -> None:
+    """Forward and backward."""
     attention(*tensors).sum().backward()
-    return time.perf_counter() - began
 
 
 def main() -> None:
@@ -50,22 +51,19 @@ def main() -> None:
         borders = documents(length, given.mean_document, seed=length)
         widths = (QUERY_WIDTH, QUERY_WIDTH, VALUE_WIDTH)
         tensors = [torch.randn(length, given.heads, width, requires_grad=True) for width in widths]
-        forms: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        forms: dict[str, Attention] = {
             "packed": lambda q, k, v, b=borders: attend_packed(q, k, v, b, scale),
             "full": lambda q, k, v: attend(q, k, v, scale),
         }
-        taken: dict[str, list[float]] = {name: [] for name in forms}
+        taken: dict[str, list[Seconds]] = {name: [] for name in forms}
         for _ in range(given.repeats):
             for name, form in forms.items():
-                taken[name].append(seconds(form, tensors))
-        packed, full = (statistics.median(taken[name]) for name in forms)
+                taken[name].append(timed(partial(one_pass, form, tensors)))
         squares = sum((b - a) ** 2 for a, b in pairwise(borders))
         row = {
             "tokens": length,
             "documents": len(borders) - 1,
-            "packed_seconds": round(packed, 3),
-            "full_seconds": round(full, 3),
-            "full_over_packed": round(full / packed, 2),
+            **compared(taken["full"], taken["packed"], "full", "packed"),
             "by_arithmetic": round(length**2 / squares, 2),
             "threads": torch.get_num_threads(),
         }
