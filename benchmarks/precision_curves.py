@@ -1,6 +1,7 @@
 """Does a recipe survive FP8? Loss curves in fp32, bf16 and emulated FP8, with another seed's as the measure of noise.
 
-    python benchmarks/precision_curves.py [--recipe joyai_tiny] [--figure docs/figures/precision.svg] [k=v ...]
+    python benchmarks/precision_curves.py [--recipe joyai_tiny] [--figure docs/figures/precision.svg]
+        [--only fp32 "bf16, FP8 delayed"] [k=v ...]
 
 trains the recipe on one process once per variant (the demo's data must be there: `make data-demo`), prints one JSON
 object each and writes the figure. All variants but the last see the same samples from the same weights.

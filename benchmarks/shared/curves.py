@@ -40,11 +40,12 @@ def compare(
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--recipe", default="joyai_tiny")
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", choices=[*variants], default=[*variants])
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args()
     curves: dict[str, Rows] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for number, (name, keys) in enumerate(variants.items()):
+        for number, (name, keys) in enumerate((name, variants[name]) for name in given.only):
             curves[name] = _run(given.recipe, [*ALONE, *given.overrides, *keys], Path(scratch) / str(number))
             first = next(iter(curves.values()))
             told = {"variant": name, **last_losses(curves[name]), **figures(curves[name], first)}

@@ -5,7 +5,7 @@ counts, no expert load, no guard, no signal check, no metrics file.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -97,12 +97,22 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def of_cpu(device: torch.device) -> float:
+    """Seconds of the CPU, all threads of this process: what other processes do meanwhile isn't in it."""
+    return time.process_time()
+
+
 def in_turns(
-    trainer: Trainer, bare: Trainer, batches: Sequence[Batch], pairs: int, folder: Path
+    trainer: Trainer,
+    bare: Trainer,
+    batches: Sequence[Batch],
+    pairs: int,
+    folder: Path,
+    now: Callable[[torch.device], float] = now,
 ) -> tuple[list[float], list[float]]:
     """Seconds of each step of `trainer` in our loop and of each bare step of `bare`, which may be the same trainer.
 
-    The recipe is `short_run(pairs)`.
+    The recipe is `short_run(pairs)`. now: which seconds.
     """
     recipe, process = trainer.recipe, trainer.process
     ours: list[float] = []
