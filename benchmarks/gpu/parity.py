@@ -2,13 +2,15 @@
 
     python benchmarks/gpu/parity.py portable
 
-prints the losses of one backend on this machine's device as JSON; `throughput.py` compares them.
+prints the losses of one backend on this machine's device as JSON; `throughput.py` compares them, and the weights that
+both start from under the names of checkpoints.
 """
 
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -16,7 +18,8 @@ from shared.turns import batches_in_memory, short_run
 
 from megatron_joy.model.build import build_model
 from megatron_joy.platform import process as processes
-from megatron_joy.recipe import load_recipe
+from megatron_joy.prove.weights import largest_difference, write_whole
+from megatron_joy.recipe import Recipe, load_recipe
 from megatron_joy.train.step import Trainer
 
 UPDATES = 3
@@ -30,9 +33,14 @@ SMALL = (
 TOLERANCES = {"portable": 1e-4, "te": 5e-3}
 
 
+def recipe_of(backend: str) -> Recipe:
+    """joyai_tiny in fp32 with short sequences."""
+    return load_recipe("joyai_tiny", [*short_run(UPDATES), *SMALL, f"model.backend={backend}"])
+
+
 def losses(backend: str) -> list[float]:
     """The main loss of each update, on this process's device."""
-    recipe = load_recipe("joyai_tiny", [*short_run(UPDATES), *SMALL, f"model.backend={backend}"])
+    recipe = recipe_of(backend)
     process = processes.start(recipe.layout, recipe.seed)
     trainer = Trainer(recipe, process, build_model(recipe, process))
     batches = batches_in_memory(recipe)
@@ -50,6 +58,19 @@ def losses_on_cpu() -> list[float]:
     return found
 
 
+def weights_apart(backend: str) -> float:
+    """Largest difference of the backend's initial weights and the portable ones under the checkpoint's names.
+
+    0 says that a checkpoint of one loads into the other. Raises ValueError or KeyError where names or shapes differ.
+    """
+    recipe, other = recipe_of("portable"), recipe_of(backend)
+    process = processes.start(recipe.layout, recipe.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "whole.safetensors"
+        write_whole(whole, build_model(recipe, process), process)
+        return float(largest_difference(whole, build_model(other, process), process).absolute)
+
+
 def compare(backends: list[str], device: str) -> list[dict[str, object]]:
     """A row for each backend on this process's device: its losses, the CPU's, the largest difference, a verdict."""
     cpu = losses_on_cpu()
@@ -57,6 +78,7 @@ def compare(backends: list[str], device: str) -> list[dict[str, object]]:
     for backend in backends:
         mine = losses(backend)
         apart = max(abs(a - b) for a, b in zip(mine, cpu, strict=True))
+        weights = weights_apart(backend)
         rows.append(
             {
                 "backend": backend,
@@ -65,7 +87,8 @@ def compare(backends: list[str], device: str) -> list[dict[str, object]]:
                 "losses_on_cpu": cpu,
                 "largest_difference": apart,
                 "tolerance": TOLERANCES[backend],
-                "holds": apart <= TOLERANCES[backend],
+                "weights_apart": weights,
+                "holds": apart <= TOLERANCES[backend] and weights == 0,
             }
         )
     return rows

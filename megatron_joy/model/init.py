@@ -47,13 +47,13 @@ def initialize_parameters(chunks: Sequence[Any], seed: int, std: float, groups: 
         if len(entry.global_shape) == 1:
             data.fill_(1.0)
             continue
-        inside = tuple(
-            slice(start, start + length) for start, length in zip(entry.global_offset, entry.local_shape, strict=True)
-        )
+        # Transformer Engine has a tensor for each expert, without the axis of experts.
+        local = (1,) * entry.prepend_axis_num + tuple(entry.local_shape)
+        inside = tuple(slice(start, start + length) for start, length in zip(entry.global_offset, local, strict=True))
         if len(entry.global_shape) == 2:
             data.copy_(_normal(entry.global_shape, std, seed_of(seed, entry.key))[inside].reshape(data.shape))
             continue
-        experts = data.view(-1, *entry.local_shape[-2:])
+        experts = data.view(-1, *local[-2:])
         for position in range(experts.shape[0]):
             expert = inside[0].start + position
             whole = _normal(entry.global_shape[1:], std, seed_of(seed, entry.key, expert))

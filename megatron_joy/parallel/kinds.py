@@ -30,6 +30,8 @@ KINDS: tuple[Kind, ...] = (
     Kind(r"^embedding\.", "embedding", "adamw"),
     Kind(r"^output_layer\.", "head", "adamw"),
     Kind(r"norm\.weight$", "norm", "adamw"),
+    # Where Megatron-core's own specification fuses a norm into the linear after it.
+    Kind(r"\.layer_norm_weight$", "norm", "adamw"),
     Kind(r"\.router\.weight$", "router", "adamw"),
     Kind(r"\.linear_(q|kv)_down_proj\.weight$", "MLA down projection", "muon"),
     Kind(r"\.linear_(q|kv)_up_proj\.weight$", "MLA up projection", "muon", "rows"),

@@ -382,6 +382,9 @@ def install() -> bool:
     if early:
         raise RuntimeError(f"{early[0]} was imported before megatron_joy.platform.cpu.install()")
     sys.meta_path.insert(0, _MegatronFinder())
+    # Megatron-core takes Transformer Engine's kernels wherever it can import them, also where no GPU can run them
+    # (this process was told to see none, say), and a half-installed one ends its import. None makes an ImportError.
+    sys.modules["transformer_engine"] = None  # type: ignore[assignment]
     warnings.filterwarnings("ignore", module=r"megatron\.core\.")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
     # With one generator for both, what Megatron-core warns of here on every fork of it is what must happen.

@@ -11,16 +11,17 @@ import torch
 import torch.distributed as dist
 
 from megatron_joy.errors import UserError
-from megatron_joy.platform import cpu
+from megatron_joy.platform import cpu, cudnn
 from megatron_joy.platform.rank import RankInfo, rank_info
 from megatron_joy.platform.rendezvous import rendezvous
 from megatron_joy.recipe.schema import LayoutSection
 
-cpu.install()
+if not cpu.install():
+    cudnn.prefer_torchs()
 
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def largest_difference(path: Path, chunks: Sequence[Any], process: Process) -> P
             if key not in scales:
                 scales[key] = float(file.get_tensor(key).abs().max())
             place = tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))
-            absolute = float((data.float() - file.get_slice(key)[place].float()).abs().max())
+            absolute = float((data.cpu().float() - file.get_slice(key)[place].float()).abs().max())
             absolute = float("inf") if absolute != absolute else absolute
             relative = absolute / scales[key] if scales[key] else (float("inf") if absolute else 0.0)
             relative = float("inf") if relative != relative else relative

@@ -51,12 +51,13 @@ def test_a_broken_transformer_engine_is_passed_over_or_named(
 
 
 def test_a_working_transformer_engine_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    working = types.ModuleType("transformer_engine.pytorch")
+    working = types.SimpleNamespace(get_cudnn_version=lambda: (9, 19, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     engine = replace(portable.BLOCKS, name="te", core_attention="its own", norm="its own")
     ours = types.SimpleNamespace(BLOCKS=engine)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
-    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", working)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", working)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "megatron_joy.model.backends.te", ours)  # type: ignore[arg-type]
     assert select.select_blocks("auto") is ours.BLOCKS
     assert select.select_blocks("te") is ours.BLOCKS

@@ -13,6 +13,10 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+WIDEST_HEAD = 256  # of flash attention's kernels in torch
+CAUSAL = (-1, 0)  # positions before and after a query that it attends to: all, none
 
 
 class _GatherSequence(torch.autograd.Function):
@@ -63,6 +67,25 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, borders: Sequence[int], scale
     return torch.cat([attend(q[i:j], k[i:j], v[i:j], scale) for i, j in pairwise(borders)])
 
 
+def has_variable_length_kernel(q: Tensor, v: Tensor) -> bool:
+    """Whether `attend_variable_length` runs for such queries and values."""
+    widest = max(q.shape[-1], v.shape[-1])
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and widest % 8 == 0 and widest <= WIDEST_HEAD
+
+
+def attend_variable_length(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, scale: float) -> Tensor:
+    """The same as `attend_packed` in one GPU kernel for all documents, whose borders stay on the device.
+
+    q [t, n, d], k [t, n, d], v [t, n, e], borders int32 [documents + 1], longest: tokens of the longest -> [t, n, e].
+    """
+    width, widest = v.shape[-1], max(q.shape[-1], v.shape[-1])
+    # The kernel has one width for all three.
+    q, k, v = (F.pad(x, (0, widest - x.shape[-1])) for x in (q, k, v))
+    out = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scale, window_size=CAUSAL)
+    assert isinstance(out, Tensor)  # a pair only where more is asked for
+    return out[..., :width]
+
+
 def attend_chunk(q: Tensor, k: Tensor, v: Tensor, start: int, borders: Sequence[int], scale: float) -> Tensor:
     """Attention of the queries at positions [start, start + l) of a row whose documents begin at `borders`.
 
@@ -111,6 +134,9 @@ class PortableAttention(torch.nn.Module):
     ) -> Tensor:
         """Returns [t, n * e] for packed input, else [s/cp, b, n * e]."""
         if packed_seq_params is not None:
+            if has_variable_length_kernel(query, value):
+                borders, longest = packed_seq_params.cu_seqlens_q, int(packed_seq_params.max_seqlen_q)
+                return attend_variable_length(query, key, value, borders, longest, self.scale).flatten(1)
             borders = packed_seq_params.cu_seqlens_q.tolist()
             return attend_packed(query, key, value, borders, self.scale).flatten(1)
         return self._rows(query, key, value, attention_mask)

@@ -8,6 +8,7 @@ import torch
 
 from megatron_joy.errors import UserError
 from megatron_joy.model.backends.blocks import Blocks
+from megatron_joy.platform import cudnn
 from megatron_joy.precision.delayed import History
 from megatron_joy.precision.emulation import Emulation
 from megatron_joy.recipe.schema import FP8_PARTS, Fp8Section, Recipe
@@ -21,10 +22,11 @@ def transformer_engine_problem() -> str | None:
     if not torch.cuda.is_available():
         return "no GPU is visible"
     try:
-        importlib.import_module("transformer_engine.pytorch")
+        cudnn.prefer_torchs()
+        engine = importlib.import_module("transformer_engine.pytorch")
     except Exception as error:
         return f"importing transformer_engine.pytorch failed: {type(error).__name__}: {error}"
-    return None
+    return cudnn.mixed(engine.get_cudnn_version())
 
 
 def select_blocks(backend: Literal["auto", "portable", "te"], context_parallel_size: int = 1) -> Blocks:
