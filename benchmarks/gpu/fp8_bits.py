@@ -5,8 +5,8 @@
 Bytes and inverse scales of `tensorwise` (Float8CurrentScaling) and `blockwise` (Float8BlockScaling, 1 x 128 and
 128 x 128) in both directions are compared one by one with `megatron_joy.precision.scaling` on the CPU. Then forward,
 dgrad and wgrad of its linear and grouped linear with `precision.emulation`, as a relative error in the
-Frobenius norm beside that of the same product without FP8. MXFP8 needs a Blackwell GPU and isn't here. Exit code 1 where
-a byte or a scale differs or a product is further away than BOUND, 2 without a GPU or Transformer Engine.
+Frobenius norm beside that of the same product without FP8. MXFP8 needs a Blackwell GPU and isn't here. Exit code 1
+where a byte or a scale differs or a product is further away than BOUND, 2 without a GPU or Transformer Engine.
 """
 
 import argparse

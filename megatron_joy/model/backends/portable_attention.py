@@ -64,7 +64,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, borders: Sequence[int], scale: float) -> Tensor:
     """Attention inside each document. q [t, n, d], k [t, n, d], v [t, n, e], borders 0..t -> [t, n, e]."""
-    return torch.cat([attend(q[i:j], k[i:j], v[i:j], scale) for i, j in pairwise(borders)])
+    # Split, not sliced: each slice's gradient would be a row of zeros as long as the whole.
+    lengths = [end - start for start, end in pairwise(borders)]
+    documents = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    return torch.cat([attend(*document, scale) for document in documents])
 
 
 def has_variable_length_kernel(q: Tensor, v: Tensor) -> bool:
