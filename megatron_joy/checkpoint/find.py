@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from megatron_joy.checkpoint.marker import MARKER, Checkpoint, FileEntry, Marker
 from megatron_joy.errors import UserError
 
 CHUNK = 1 << 22
+_READERS = min(4, len(os.sched_getaffinity(0)))
 Progress = Callable[[int], None]  # is told the bytes read since the last call
 
 
@@ -77,8 +79,10 @@ def file_problem(folder: Path, entry: FileEntry, full: bool, progress: Progress 
 def file_problems(
     folder: Path, entries: Iterable[FileEntry], full: bool, progress: Progress | None = None
 ) -> list[Problem]:
-    """What is wrong with these files."""
-    return [p for entry in entries if (p := file_problem(folder, entry, full, progress)) is not None]
+    """What is wrong with these files, several looked at at the same time."""
+    with ThreadPoolExecutor(_READERS) as pool:  # hashing and reading need no interpreter
+        found = pool.map(lambda entry: file_problem(folder, entry, full, progress), entries)
+        return [problem for problem in found if problem is not None]
 
 
 def read_candidate(path: Path) -> Checkpoint | Problem:

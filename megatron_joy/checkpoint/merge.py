@@ -4,10 +4,8 @@ Averaging checkpoints of the constant-learning-rate phase stands in for the deca
 2604.03044, section 2.4, which prints neither weights nor window; here all weigh the same and lie equally far apart).
 """
 
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,12 +17,12 @@ from torch import Tensor
 from megatron_joy.checkpoint.boxes import Index, LazyBoxes
 from megatron_joy.checkpoint.contents import MASTER, OPTIMIZER_PREFIX, megatron_object
 from megatron_joy.checkpoint.find import being_read, candidates, open_checkpoint, read_candidate, sha256_of
-from megatron_joy.checkpoint.marker import MARKER, RECIPE, Checkpoint, folder_name, step_of
-from megatron_joy.checkpoint.save import seal, sync
+from megatron_joy.checkpoint.marker import MARKER, Checkpoint, folder_name, step_of
+from megatron_joy.checkpoint.save import seal
 from megatron_joy.checkpoint.storage import Reader
+from megatron_joy.checkpoint.work_folder import refuse_existing, refuse_full_disk, work_folder, write_run_recipe
 from megatron_joy.checkpoint.writing import write_alone
-from megatron_joy.data.atomic import partial_path, write_atomically
-from megatron_joy.errors import UserError, WorkError
+from megatron_joy.errors import UserError
 from megatron_joy.recipe.schema import LayoutSection
 
 FEWEST = 2
@@ -86,12 +84,12 @@ def merge(folder: Path, steps: Sequence[int], out: Path, advance: Advance = lamb
             held.enter_context(being_read(source))
         tensors = _means([Reader(source) for source in sources], sources, advance)
         needed = sum(boxes.numel() * boxes.dtype.itemsize for boxes in tensors.values())
-        _check_room(out, needed)
-        recipe = sources[-1].recipe_path.read_bytes()
-        with _new_folder(out) as partial:
-            files = write_alone(partial, tensors | megatron_object(0))
+        refuse_full_disk(out, needed)
+        recipe, state = sources[-1].recipe_path.read_bytes(), _provenance(folder, sources)
+        with work_folder(out, {"direction": "merge", **state}) as work:
+            files = write_alone(work.folder, tensors | megatron_object(0))
             seal(
-                partial,
+                work.folder,
                 files,
                 recipe,
                 step=0,
@@ -99,9 +97,9 @@ def merge(folder: Path, steps: Sequence[int], out: Path, advance: Advance = lamb
                 world_size=1,
                 layout=LayoutSection().model_dump(),
                 optimizer_step=None,
-                state=_provenance(folder, sources),
+                state=state,
             )
-    return Merged(out, tuple(steps), len(tensors), needed, _write_run_recipe(out, recipe))
+    return Merged(out, tuple(steps), len(tensors), needed, write_run_recipe(out, recipe))
 
 
 def _means(readers: Sequence[Reader], sources: Sequence[Checkpoint], advance: Advance) -> dict[str, LazyBoxes]:
@@ -158,38 +156,4 @@ def _provenance(folder: Path, sources: Sequence[Checkpoint]) -> dict[str, Any]:
 def _check_out(out: Path) -> None:
     if step_of(out.name) not in (0, None):
         raise UserError(f"{out}: the mean of checkpoints is of step 0; name it {out.with_name(folder_name(0))}")
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out}: is there already; name a new folder, nothing is overwritten")
-
-
-def _check_room(out: Path, needed: int) -> None:
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise UserError(f"{out}: needs {needed:,} bytes, the disk of {place} has {free:,} left; free some or move")
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes it when the block ends without an error, and is removed otherwise."""
-    partial = partial_path(out.absolute())
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        os.rename(partial, out)
-        sync(out.absolute().parent)
-    except OSError as error:
-        raise WorkError(f"{out}: could not be written: {error.strerror or error}; nothing was left there") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_run_recipe(out: Path, recipe: bytes) -> Path | None:
-    """RUN/recipe.toml when `out` lies in RUN/checkpoints and RUN has none yet."""
-    run = out.absolute().parent.parent
-    if out.absolute().parent.name != "checkpoints" or (run / RECIPE).exists():
-        return None
-    write_atomically(run / RECIPE, recipe)
-    return run / RECIPE
+    refuse_existing(out)

@@ -23,6 +23,7 @@ from megatron_joy.checkpoint.boxes import Boxes
 from megatron_joy.checkpoint.marker import FileEntry
 from megatron_joy.checkpoint.storage import SavePlanner, Writer
 from megatron_joy.checkpoint.together import from_first, to_first
+from megatron_joy.data.atomic import EarlyWriteback
 
 Tensors = dict[str, Any]  # key -> Boxes, or the bytes of an object
 
@@ -86,14 +87,28 @@ def write_tensors(
 def write_alone(folder: Path, tensors: Tensors) -> list[FileEntry]:
     """Writes all tensors into one file, in a process by itself, each made (`LazyBoxes`) only when it is its turn.
 
-    torch's own writer keeps what it has written until its file is whole. Returns the files, the index too; raises
-    OSError as the disk does.
+    Returns the files, the index too; raises OSError as the disk does.
     """
-    writer, planner, name = Writer(folder), _planner(tensors, is_first_rank=True), "__0_0.distcp"
+    planner = _planner(tensors, is_first_rank=True)
     (plan,), index = planner.create_global_plan([planner.create_local_plan()])
+    return write_index(folder, Plan(plan, index), [write_streamed(folder, file_of_rank(0), plan, planner)])
+
+
+def file_of_rank(rank: int) -> str:
+    """What torch.distributed.checkpoint calls a rank's file."""
+    return f"__{rank}_0.distcp"
+
+
+def write_streamed(folder: Path, name: str, plan: SavePlan, planner: SavePlanner) -> Written:
+    """Writes, hashes and syncs one file, with one item of the plan in memory at a time.
+
+    torch's own writer keeps what it has written until its file is whole. Raises OSError as the disk does.
+    """
+    writer = Writer(folder)
     places = []
     try:
         with writer.fs.create_stream(folder / name, "wb") as stream:
+            begin_writeback = EarlyWriteback(stream.fileno())
             for item in plan.items:
                 start, data = stream.tell(), planner.resolve_data(item)
                 if isinstance(data, io.BytesIO):
@@ -101,12 +116,13 @@ def write_alone(folder: Path, tensors: Tensors) -> list[FileEntry]:
                 else:
                     torch.save(data, cast(IO[bytes], stream))
                 length = stream.tell() - start
+                begin_writeback(length)
                 places.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
             stream.flush()
             os.fsync(stream.fileno())
     except RuntimeError as error:
         raise (writer.fs.error or error) from None  # what the disk said is clearer than what torch made of it
-    return write_index(folder, Plan(plan, index), [Written(tuple(writer.fs.files.values()), places)])
+    return Written(tuple(writer.fs.files.values()), places)
 
 
 def write_index(folder: Path, plan: Plan, written: Sequence[Written]) -> list[FileEntry]:

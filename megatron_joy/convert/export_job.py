@@ -26,7 +26,7 @@ from megatron_joy.convert.verify import FileProof, Written, verify_file
 from megatron_joy.errors import UserError, WorkError
 
 MTP_FILE = "mtp-1-of-1.safetensors"  # where the released weights have it, outside the numbering of the others
-_PIECE = 1 << 26  # bytes of a tensor in memory at a time, where its rows need nothing of each other
+_PIECE = 1 << 24  # bytes of a tensor in memory at a time, where its rows need nothing of each other
 
 
 @dataclass(frozen=True)

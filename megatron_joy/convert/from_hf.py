@@ -15,7 +15,13 @@ import megatron_joy
 from megatron_joy.checkpoint.find import sha256_of
 from megatron_joy.checkpoint.marker import RECIPE, FileEntry, Marker, step_of, write_marker
 from megatron_joy.checkpoint.storage import Writer
-from megatron_joy.convert.folder import Work, refuse_existing, refuse_full_disk, work_folder
+from megatron_joy.checkpoint.work_folder import (
+    Work,
+    refuse_existing,
+    refuse_full_disk,
+    work_folder,
+    write_run_recipe,
+)
 from megatron_joy.convert.hf_config import CONFIG
 from megatron_joy.convert.import_job import (
     DTYPE_NAMES,
@@ -27,9 +33,7 @@ from megatron_joy.convert.import_job import (
     result_of,
 )
 from megatron_joy.convert.progress import Phases, silent
-from megatron_joy.convert.source import CHECKPOINTS
 from megatron_joy.convert.workers import Workers, workers_for
-from megatron_joy.data.atomic import write_atomically
 from megatron_joy.errors import UserError
 from megatron_joy.recipe import Recipe, dump_recipe
 
@@ -102,7 +106,7 @@ def from_hf(
         workers=count,
         verified=verify,
         recipe=job.recipe.name,
-        run_recipe=_write_run_recipe(out, recipe) if recipe is not None else None,
+        run_recipe=write_run_recipe(out, dump_recipe(recipe).encode()) if recipe is not None else None,
         notes=(work.note,) if work.note else (),
     )
 
@@ -149,12 +153,3 @@ def _state(job: ImportJob) -> dict[str, Any]:
             "vocab_size": job.plan.vocabulary,
         }
     }
-
-
-def _write_run_recipe(out: Path, recipe: Recipe) -> Path | None:
-    """RUN/recipe.toml when `out` lies in RUN/checkpoints and RUN has none yet."""
-    run = out.absolute().parent.parent
-    if out.absolute().parent.name != CHECKPOINTS or (run / RECIPE).exists():
-        return None
-    write_atomically(run / RECIPE, dump_recipe(recipe).encode())
-    return run / RECIPE

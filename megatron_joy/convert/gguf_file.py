@@ -18,8 +18,8 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
+from megatron_joy.checkpoint.work_folder import refuse_existing, refuse_full_disk
 from megatron_joy.convert.dequantised import open_folder
-from megatron_joy.convert.folder import refuse_existing, refuse_full_disk
 from megatron_joy.convert.hf_config import CONFIG, model_of, read_config
 from megatron_joy.convert.hf_folder import HFFolder
 from megatron_joy.convert.mapping import check_tensors, conversion_plan

@@ -4,7 +4,7 @@ import hashlib
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,14 +14,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 import megatron_joy
+from megatron_joy.checkpoint.boxes import Index, LazyBoxes
 from megatron_joy.checkpoint.find import file_problem
 from megatron_joy.checkpoint.marker import Checkpoint, FileEntry, read_marker
-from megatron_joy.checkpoint.storage import SavePlanner, Writer
+from megatron_joy.checkpoint.storage import SavePlanner
+from megatron_joy.checkpoint.writing import file_of_rank, write_streamed
 from megatron_joy.convert.dequantised import open_folder
 from megatron_joy.convert.hf_config import CONFIG, differing_keys, model_of, read_config
 from megatron_joy.convert.hf_folder import HFFolder, only_dtype
@@ -38,8 +40,8 @@ from megatron_joy.recipe.validate import validate
 DTYPE_NAMES: dict[torch.dtype, Literal["fp32", "bf16"]] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # Without this Megatron-core's own loader doesn't take the folder (dist_checkpointing/serialization.py).
 _COMMON_STATE = "common_state/shard_0_1"
-FILE_BYTES = 2_000_000_000  # a file ends with the parameter that reaches it; torch keeps a part of each until its end
-_PIECE = 1 << 26  # bytes of a parameter in memory at a time
+FILE_BYTES = 2_000_000_000  # a file ends with the parameter that reaches it
+_PIECE = 1 << 24  # bytes of a parameter in memory at a time
 
 
 @dataclass(frozen=True)
@@ -50,46 +52,6 @@ class Part:
     size: tuple[int, ...]
     tensor: HFTensor | None
     row: int = 0
-
-
-class LazyBoxes(torch.Tensor):
-    """A parameter as boxes whose elements are read when torch.distributed.checkpoint writes them, and then dropped."""
-
-    parts: list[Part]
-    load: Callable[[Part], Tensor]
-
-    @staticmethod
-    def __new__(
-        cls, shape: Sequence[int], dtype: torch.dtype, parts: list[Part], load: Callable[[Part], Tensor]
-    ) -> "LazyBoxes":
-        self = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype)
-        self.parts, self.load = parts, load
-        return self
-
-    def __init__(self, *args: Any) -> None:
-        pass
-
-    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
-        properties = TensorProperties(dtype=self.dtype)
-        chunks = self.__create_chunk_list__()
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, part.start, i),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunks[i], properties=properties, size=self.shape),
-            )
-            for i, part in enumerate(self.parts)
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(part.start), torch.Size(part.size)) for part in self.parts]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return self.load(self.parts[index.index or 0])
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise NotImplementedError(f"a parameter that is yet to be read has no elements to apply {func} to")
 
 
 @dataclass(frozen=True)
@@ -122,7 +84,7 @@ class ImportJob:
                 size = 0
             groups[-1].append(key)
             size += math.prod(shape) * self.dtype_of(key).itemsize
-        return {f"__{i}_0.distcp": group for i, group in enumerate(groups)}
+        return {file_of_rank(i): group for i, group in enumerate(groups)}
 
     def parts(self, key: str) -> Iterator[Part]:
         """The boxes of a parameter, none larger than a piece."""
@@ -160,33 +122,21 @@ class ImportJob:
         ):
             advance(earlier["bytes"])
             return earlier
-        index = list(self.files).index(file)
-        planner, plan = self._planned(index, advance)
-        writer = Writer(folder)
-        try:
-            # torch numbers files by a plan's place among all.
-            plan = writer.prepare_global_plan([SavePlan([])] * index + [plan])[-1]
-            results = writer.write_data(planner.finish_plan(plan), planner).wait()
-        except Exception as error:
-            # torch wraps what the disk said.
-            raise (writer.fs.error or error) from None
-        entry = writer.fs.files[file]
-        return {"bytes": entry.bytes, "sha256": entry.sha256, "results": [_as_json(result) for result in results]}
+        planner, plan = self._planned(file, advance)
+        written = write_streamed(folder, file, planner.finish_plan(plan), planner)
+        (entry,) = written.files
+        results = [_as_json(result) for result in written.places]
+        return {"bytes": entry.bytes, "sha256": entry.sha256, "results": results}
 
     def metadata(self) -> Metadata:
         """The checkpoint's index, without the places."""
-        plans = [self._planned(i, lambda done: None)[1] for i in range(len(self.files))]
+        plans = [self._planned(file, lambda done: None)[1] for file in self.files]
         return SavePlanner().create_global_plan(plans)[1]
 
-    def _planned(self, index: int, advance: Advance) -> tuple[SavePlanner, SavePlan]:
+    def _planned(self, file: str, advance: Advance) -> tuple[SavePlanner, SavePlan]:
         """A planner that has the tensors of a file, and the plan of writing them."""
-        tensors: dict[str, Any] = {}
-        for key in list(self.files.values())[index]:
-            dtype = self.dtype_of(key)
-            tensors[key] = LazyBoxes(
-                self.plan.parameters[key], dtype, list(self.parts(key)), self._loader(dtype, advance)
-            )
-        if index == 0:
+        tensors: dict[str, Any] = {key: self._lazy(key, advance) for key in self.files[file]}
+        if file == file_of_rank(0):
             tensors[_COMMON_STATE] = common = io.BytesIO()
             torch.save([{"iteration": 0}], common)
         planner = SavePlanner()
@@ -195,13 +145,17 @@ class ImportJob:
             planner.set_up_planner(tensors, is_coordinator=True)
             return planner, planner.create_local_plan()
 
-    def _loader(self, dtype: torch.dtype, advance: Advance) -> Callable[[Part], Tensor]:
-        def load(part: Part) -> Tensor:
-            tensor = self.load(part, dtype)
+    def _lazy(self, key: str, advance: Advance) -> LazyBoxes:
+        """A parameter whose elements are read when they are written."""
+        dtype, parts = self.dtype_of(key), {part.start: part for part in self.parts(key)}
+
+        def read(offset: Index, size: Index) -> Tensor:
+            tensor = self.load(parts[offset], dtype)
             advance(tensor.nbytes)
             return tensor
 
-        return load
+        places = [(part.start, part.size) for part in parts.values()]
+        return LazyBoxes.of(self.plan.parameters[key], dtype, places, read)
 
     def verify(self, file: str, folder: Path, advance: Advance) -> None:
         """Reads the parameters of a file of a committed checkpoint back and compares their bits with the folder's."""

@@ -10,6 +10,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -17,7 +18,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from megatron_joy.data.atomic import commit_partial, partial_path
+from megatron_joy.data.atomic import EarlyWriteback, commit_partial, partial_path
 
 DTYPES: dict[str, tuple[str, torch.dtype]] = {
     "fp32": ("F32", torch.float32),
@@ -95,15 +96,16 @@ def write_file(
         end += entry.bytes
     partial = partial_path(path)
     try:
-        with open(partial, "wb") as stream:
-            stream.write(header)
+        # Hashing takes about as long as writing, and neither needs the interpreter meanwhile.
+        with open(partial, "wb", buffering=0) as stream, ThreadPoolExecutor(1) as hasher:
+            _write_all(stream, header)
+            begin_writeback = EarlyWriteback(stream.fileno())
             for entry in entries:
                 if entry.name in digests:
                     continue
                 for name, pieces in produce(entry).items():
                     stream.seek(place[name][1])
-                    digests[name] = _write_tensor(stream, place[name][0], pieces)
-            stream.flush()
+                    digests[name] = _write_tensor(stream, place[name][0], pieces, hasher, begin_writeback)
             os.fsync(stream.fileno())
         commit_partial(partial, path)
     finally:
@@ -111,14 +113,29 @@ def write_file(
     return digests
 
 
-def _write_tensor(stream: IO[bytes], entry: Entry, pieces: Iterable[Tensor]) -> str:
+def _write_all(stream: IO[bytes], data: bytes | memoryview) -> None:
+    """An unbuffered file takes at most 2 GiB at a time."""
+    left = memoryview(data)
+    while left:
+        left = left[stream.write(left) :]
+
+
+def _write_tensor(
+    stream: IO[bytes],
+    entry: Entry,
+    pieces: Iterable[Tensor],
+    hasher: ThreadPoolExecutor,
+    begin_writeback: EarlyWriteback,
+) -> str:
     digest, written = hashlib.sha256(), 0
     for tensor in pieces:
         if tensor.shape[1:] != entry.shape[1:] or tensor.dtype != DTYPES[entry.dtype][1]:
             raise ValueError(f"{entry.name}: {list(tensor.shape)} {tensor.dtype}, expected {entry}")
         data = elements_of(tensor)
-        stream.write(data)
-        digest.update(data)
+        hashed = hasher.submit(digest.update, data)
+        _write_all(stream, data)
+        hashed.result()
+        begin_writeback(data.nbytes)
         written += data.nbytes
     if written != entry.bytes:
         raise ValueError(f"{entry.name}: {written} bytes, expected {entry}")

@@ -8,13 +8,13 @@ from tokenizers import Tokenizer
 
 from megatron_joy.checkpoint.find import latest, open_checkpoint
 from megatron_joy.checkpoint.marker import Checkpoint
+from megatron_joy.checkpoint.work_folder import CHECKPOINTS
 from megatron_joy.convert.hf_config import SpecialTokens
 from megatron_joy.data.manifest import TOKENIZER_FOLDER, load_manifest, manifest_path
 from megatron_joy.errors import UserError
 from megatron_joy.recipe import Recipe, load_recipe
 from megatron_joy.recipe.timetable import as_of
 
-CHECKPOINTS = "checkpoints"
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # What a model folder takes along; nothing else is copied, code least of all.

@@ -11,6 +11,7 @@ import os
 import pickle
 import struct
 import zipfile
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,6 +109,22 @@ def _row_by_row(view: _View) -> bool:
     return all(stride == expected for size, stride, expected in axes if size > 1)
 
 
+class _Rows:
+    """The chunks of a tensor by their first dimension: of hundreds of experts a box is one's."""
+
+    def __init__(self, chunks: Sequence[ChunkStorageMetadata]) -> None:
+        self._chunks = sorted(chunks, key=lambda chunk: tuple(chunk.offsets))
+        self._firsts = [chunk.offsets[0] if chunk.offsets else 0 for chunk in self._chunks]
+        self._longest = max((chunk.sizes[0] for chunk in self._chunks if chunk.sizes), default=0)
+
+    def meeting(self, low: Shape, high: Shape) -> list[ChunkStorageMetadata]:
+        """All that meet the box [low, high), maybe some that don't."""
+        if not low:
+            return self._chunks
+        first = bisect_right(self._firsts, low[0] - self._longest)
+        return self._chunks[first : bisect_left(self._firsts, high[0])]
+
+
 class TensorStore:
     """The weights of a checkpoint: `shapes` and `dtypes` by key, and boxes of them.
 
@@ -124,6 +141,7 @@ class TensorStore:
         }
         self.shapes: dict[str, Shape] = {key: tuple(entry.size) for key, entry in self._entries.items()}
         self.dtypes = {key: entry.properties.dtype for key, entry in self._entries.items()}
+        self._rows = {key: _Rows(entry.chunks) for key, entry in self._entries.items()}
         self._chunks: dict[tuple[str, Shape], _Chunk] = {}
         self._files: OrderedDict[Path, int] = OrderedDict()
 
@@ -139,18 +157,23 @@ class TensorStore:
         low = tuple(start or (0 for _ in self.shapes[key]))
         shape = tuple(size or self.shapes[key])
         high = tuple(a + n for a, n in zip(low, shape, strict=True))
-        out, filled = torch.empty(shape, dtype=self.dtypes[key]), 0
-        for entry in self._entries[key].chunks:
+        dtype, filled = self.dtypes[key], 0
+        out: Tensor | None = None
+        for entry in self._rows[key].meeting(low, high):
             inner_low = tuple(map(max, low, entry.offsets))
             inner_high = tuple(min(b, o + n) for b, o, n in zip(high, entry.offsets, entry.sizes, strict=True))
             if any(a >= b for a, b in zip(inner_low, inner_high, strict=True)):
                 continue
+            part = self._read_part(self._chunk(key, entry), inner_low, inner_high, dtype)
+            if part.shape == shape:
+                return part
+            out = torch.empty(shape, dtype=dtype) if out is None else out
             target = out[tuple(slice(a - o, b - o) for a, b, o in zip(inner_low, inner_high, low, strict=True))]
-            target.copy_(self._read_part(self._chunk(key, entry), inner_low, inner_high, out.dtype))
+            target.copy_(part)
             filled += target.numel()
-        if filled != out.numel():
+        if out is None or filled != out.numel():
             raise WorkError(
-                f"{self.checkpoint.path}: {filled} of {out.numel()} elements of {key} at {list(low)} are there; "
+                f"{self.checkpoint.path}: {filled} of {math.prod(shape)} elements of {key} at {list(low)} are there; "
                 "take another checkpoint"
             )
         return out

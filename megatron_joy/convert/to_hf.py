@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_joy.checkpoint.work_folder import Work, refuse_existing, refuse_full_disk, work_folder
 from megatron_joy.convert.export_job import ExportJob, ExportOptions, export_job, open_export
-from megatron_joy.convert.folder import Work, refuse_existing, refuse_full_disk, work_folder
 from megatron_joy.convert.hf_config import CONFIG, GENERATION_CONFIG, SpecialTokens, generation_config, model_config
 from megatron_joy.convert.hf_folder import INDEX
 from megatron_joy.convert.precisions.config import KEY, quantization_config

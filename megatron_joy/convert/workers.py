@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_joy.convert.folder import Stopped
+from megatron_joy.checkpoint.work_folder import Stopped
 from megatron_joy.convert.progress import Advance
 from megatron_joy.errors import UserError
 

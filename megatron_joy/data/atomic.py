@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 PARTIAL_MARK = ".partial-"
+_WRITEBACK = 32 << 20
 
 
 def partial_path(path: Path) -> Path:
@@ -22,6 +23,24 @@ def commit_partial(partial: Path, path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+class EarlyWriteback:
+    """Has the kernel write a growing file to the disk while it grows, so that its sync at the end has little left.
+
+    Left alone, it begins only when a tenth of the memory is waiting, and the sync waits for all of it.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._waiting = descriptor, 0
+
+    def __call__(self, size: int) -> None:
+        """That many more bytes, anywhere, were given to the file."""
+        self._waiting += size
+        if self._waiting >= _WRITEBACK:
+            # "Not needed" begins the writing of what has changed without waiting for it, and drops the rest.
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            self._waiting = 0
 
 
 @contextmanager

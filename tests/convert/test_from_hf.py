@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from megatron_joy.checkpoint.find import open_checkpoint
 from megatron_joy.convert.export_job import ExportOptions
 from megatron_joy.convert.from_hf import from_hf
+from megatron_joy.convert.import_job import ImportJob, Part
 from megatron_joy.convert.store import TensorStore
 from megatron_joy.convert.to_hf import to_hf
 from megatron_joy.errors import UserError
@@ -41,6 +43,26 @@ def test_hugging_face_to_megatron_and_back_gives_identical_files(exported: Path,
     assert files == sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
     for name in [*files, "model.safetensors.index.json", "config.json"]:
         assert (tmp_path / "hf" / name).read_bytes() == (exported / name).read_bytes(), name
+
+
+def test_however_large_a_file_is_one_piece_of_it_is_in_memory(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    load = ImportJob.load
+
+    def watched(self: ImportJob, part: Part, dtype: torch.dtype) -> torch.Tensor:
+        alive.append(sum(piece() is not None for piece in pieces))
+        tensor = load(self, part, dtype)
+        pieces.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(ImportJob, "load", watched)
+    from_hf(exported, tmp_path / "ckpt", verify=False)
+    assert len(list((tmp_path / "ckpt").glob("*.distcp"))) == 1
+    assert len(alive) > 100
+    assert max(alive) <= 1  # the one that has just been written
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from megatron_joy.checkpoint.work_folder import Stopped, work_folder
 from megatron_joy.convert import verify, workers
 from megatron_joy.convert.export_job import ExportOptions
-from megatron_joy.convert.folder import Stopped, work_folder
 from megatron_joy.convert.from_hf import from_hf
 from megatron_joy.convert.to_hf import to_hf
 from megatron_joy.errors import UserError

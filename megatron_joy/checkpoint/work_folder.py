@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all; work on it that was killed is gone on with."""
+"""A new checkpoint or model folder that appears whole or not at all; work on it that was killed is gone on with."""
 
 import fcntl
 import json
@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_joy.checkpoint.marker import RECIPE
 from megatron_joy.data.atomic import write_atomically
 from megatron_joy.errors import UserError, WorkError
 
-_WORK_MARK = ".converting"
+CHECKPOINTS = "checkpoints"  # a run's folder of them
+_WORK_MARK = ".unfinished"
 _FOLDER, _RECORDS, _IDENTITY, _LOCK = "folder", "records", "identity.json", "lock"
 
 
@@ -137,3 +139,15 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_run_recipe(out: Path, recipe: bytes) -> Path | None:
+    """Makes a checkpoint that a run is to start from a run: RUN/recipe.toml, when `out` lies in RUN/checkpoints.
+
+    None, and nothing is written, elsewhere and where RUN has one already.
+    """
+    run = out.absolute().parent.parent
+    if out.absolute().parent.name != CHECKPOINTS or (run / RECIPE).exists():
+        return None
+    write_atomically(run / RECIPE, recipe)
+    return run / RECIPE
