@@ -1,5 +1,6 @@
-"""What is in a checkpoint, tensor by tensor, with memory for one of them; in one process, without a model."""
+"""What is in a checkpoint, tensor by tensor, with memory for a part of one; in one process, without a model."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,6 +25,11 @@ def summaries(checkpoint: Checkpoint, norms: bool = False, prefix: str = "") -> 
     reader = Reader(checkpoint)
     for key, entry in sorted(reader.tensors.items()):
         if key.startswith(prefix):
-            norm = float(torch.linalg.vector_norm(reader.tensor(key).double())) if norms else None
+            norm = _norm(reader, key) if norms else None
             dtype = str(entry.properties.dtype).removeprefix("torch.")
             yield TensorSummary(key, tuple(entry.size), dtype, norm)
+
+
+def _norm(reader: Reader, key: str) -> float:
+    parts = (reader.box(key, offset, size).double() for offset, size in reader.parts(key))
+    return math.sqrt(sum(float(torch.linalg.vector_norm(part)) ** 2 for part in parts))

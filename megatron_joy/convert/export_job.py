@@ -166,7 +166,8 @@ def export_job(source: Source, store: TensorStore, options: ExportOptions) -> Ex
     if options.family not in FAMILIES:
         raise UserError(f"--family {options.family}: not a known family; expected {' or '.join(FAMILIES)}")
     imported = source.checkpoint.state.get("imported") or {}  # what `from_hf` padded is cut again
-    plan = conversion_plan(source.recipe.model, vocabulary=options.vocabulary or imported.get("vocab_size"))
+    vocabulary = imported.get("vocab_size") if options.vocabulary is None else options.vocabulary
+    plan = conversion_plan(source.recipe.model, vocabulary=vocabulary)
     check_parameters(plan, store.shapes, str(source.checkpoint.path))
     unquantised = left_out(plan, precision)
     files = file_contents(plan, precision, unquantised, options.max_shard_bytes)

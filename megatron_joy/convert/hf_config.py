@@ -54,11 +54,15 @@ FIXED_KEYS: dict[str, Any] = {
 }
 # Said for the engines' sake; of no consequence for the weights.
 COURTESY_KEYS: dict[str, Any] = {"attention_dropout": 0.0, "use_cache": True}
+ARCHITECTURE = "DeepseekV3ForCausalLM"
 # family -> what it says about itself. The released JoyAI has the second; every engine reads the first without code.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"},
-    "joyai_llm_flash": {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "joyai_llm_flash"},
+    "deepseek_v3": {"architectures": [ARCHITECTURE], "model_type": "deepseek_v3"},
+    "joyai_llm_flash": {"architectures": [ARCHITECTURE], "model_type": "joyai_llm_flash"},
 }
+MODEL_TYPES = [str(family["model_type"]) for family in FAMILIES.values()]
+# Of no consequence for what a model computes, so a config.json may lack it.
+OPTIONAL_KEYS = {"initializer_range"}
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 # transformers 5 writes these where other writers have the key on the right.
 SYNONYMS = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts"}
@@ -129,9 +133,14 @@ def model_of(config: Mapping[str, Any], where: Path) -> ModelSection:
     """The recipe's model of a config.json.
 
     Raises UserError, in one line, for keys that are missing or of a wrong type and for an architecture that is not this
-    one.
+    one. Another model_type is taken where `architectures` says that it is this one.
     """
     flat = _flattened(config)
+    if flat.get("model_type") not in MODEL_TYPES and ARCHITECTURE not in (flat.get("architectures") or []):
+        told = " or ".join(map(json.dumps, MODEL_TYPES))
+        raise UserError(
+            f"{where}: another architecture: model_type is {json.dumps(flat.get('model_type'))}, expected {told}"
+        )
     fixed = FIXED_KEYS | {"num_key_value_heads": flat.get("num_attention_heads")}
     other = [
         f"{key} is {json.dumps(flat[key])}, expected {json.dumps(value)}"
@@ -140,6 +149,8 @@ def model_of(config: Mapping[str, Any], where: Path) -> ModelSection:
     ]
     if other:
         raise UserError(f"{where}: another architecture: {'; '.join(other)}")
+    if missing := [key for key in SHARED_KEYS if flat.get(key) is None and key not in OPTIONAL_KEYS]:
+        raise UserError(f"{where}: lacks {', '.join(missing)}; each says what the weights compute, get the file again")
     try:
         return ModelSection.model_validate({key: flat[key] for key in SHARED_KEYS if flat.get(key) is not None})
     except ValidationError as error:

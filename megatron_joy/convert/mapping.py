@@ -270,7 +270,7 @@ def conversion_plan(model: ModelSection, table: MappingTable = JOYAI, vocabulary
     vocabulary = model.vocab_size if vocabulary is None else vocabulary
     if not 0 < vocabulary <= model.vocab_size:
         raise UserError(
-            f"vocab_size {vocabulary} does not fit model.vocab_size {model.vocab_size}; expected at most that many rows"
+            f"vocab_size {vocabulary} does not fit model.vocab_size {model.vocab_size}; expected 1 to that many rows"
         )
     unpadded = model.model_copy(update={"vocab_size": vocabulary})
     parameters: dict[str, Shape] = {}

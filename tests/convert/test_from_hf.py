@@ -199,7 +199,12 @@ def test_a_config_of_more_layers_than_there_are_is_refused(folder: Path) -> None
         ({"rope_scaling": {"type": "yarn", "factor": 40}}, r"rope_scaling is \{.*yarn.*expected null"),
         ({"tie_word_embeddings": True}, r"tie_word_embeddings is true, expected false"),
         ({"scoring_func": "softmax"}, r'scoring_func is "softmax", expected "sigmoid"'),
-        ({"q_lora_rank": None}, r"config\.json: q_lora_rank: field required"),
+        ({"q_lora_rank": None}, r"config\.json: lacks q_lora_rank; each says what the weights compute"),
+        ({"rope_theta": None, "rms_norm_eps": None}, r"config\.json: lacks rope_theta, rms_norm_eps; "),
+        (
+            {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+            r'model_type is "llama", expected "deepseek_v3" or "joyai_llm_flash"',
+        ),
         ({"hidden_size": "40"}, r"config\.json: hidden_size: input should be a valid integer"),
         (
             {"quantization_config": {"quant_method": "gptq"}},

@@ -175,6 +175,13 @@ def test_a_precision_that_is_not_there_is_refused_with_those_that_are(
         to_hf(reference.checkpoint, tmp_path / "hf", ExportOptions(precision=precision))
 
 
+@pytest.mark.parametrize("rows", [0, 99])
+def test_a_vocabulary_that_the_model_does_not_have_is_refused(rows: int, reference: Reference, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"vocab_size {rows} does not fit model.vocab_size 98; expected 1 to that many"):
+        to_hf(reference.checkpoint, tmp_path / "hf", ExportOptions(vocabulary=rows, verify=False))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_unknown_family_is_refused(reference: Reference, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--family qwen: .*deepseek_v3 or joyai_llm_flash"):
         to_hf(reference.checkpoint, tmp_path / "hf", ExportOptions(family="qwen"))

@@ -45,6 +45,12 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "pp2vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
     "ep2": {"data_parallel_size": 2, "expert_model_parallel_size": 2},
     "tp2etp2": {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2},
+    "tp2pp2vpp2ep2": {
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
+        "expert_model_parallel_size": 2,
+    },
     "pp2vpp2ep2": {
         "pipeline_model_parallel_size": 2,
         "virtual_pipeline_model_parallel_size": 2,
