@@ -108,7 +108,7 @@ class ExportJob:
             dtype = DTYPES[dtype_of(tensor, self.precision)][1]
             return {name: (piece.to(dtype) for piece in self.pieces(name))}
         try:
-            parts = scheme.quantise(self.original(name).float())
+            parts = scheme.quantise(self.original(name))
         except ValueError as error:
             raise WorkError(f"{self.source.checkpoint.path}: {tensor.key} {error}; take another checkpoint") from None
         return {name.removesuffix("weight") + suffix: [part] for suffix, part in parts.items()}

@@ -42,19 +42,24 @@ class Workers:
     def __init__(self, job: Any, opener: Opener, count: int) -> None:
         self.job, self.opener, self.count = job, opener, count
         self._workers: dict[Connection, Any] = {}
+        self._threads = 1
 
     def __enter__(self) -> "Workers":
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(
+            1
+        )  # of matrices this small threads of torch's own wait for each other more than they work
         context = get_context("spawn")  # torch's threads don't survive a fork
-        threads = max(1, len(os.sched_getaffinity(0)) // self.count)
         for _ in range(self.count if self.count > 1 else 0):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, self.opener, threads), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, self.opener), daemon=True)
             process.start()
             theirs.close()
             self._workers[ours] = process
         return self
 
     def __exit__(self, *exc: object) -> None:
+        torch.set_num_threads(self._threads)
         for connection, process in self._workers.items():
             process.kill()
             process.join()
@@ -102,10 +107,10 @@ class Workers:
         return kind, value
 
 
-def _serve(connection: Connection, opener: Opener, threads: int) -> None:
+def _serve(connection: Connection, opener: Opener) -> None:
     """A worker: takes calls until its parent is gone, which it notices at the next message at the latest."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     try:
         with opener() as job:
             while True:
