@@ -44,7 +44,7 @@ def _of_matrices(
     flat: PerBufferParamLayout, found: dict[Any, Any], shards: int, config: DistributedDataParallelConfig
 ) -> PerBufferParamLayout:
     params = list(flat.param_index_map)
-    items = [Item(m.count, m.size, m.cost, m.splittable) for m in (found[param] for param in params)]
+    items = tuple(Item(m.count, m.size, m.cost, m.splittable) for m in (found[param] for param in params))
     divisor = bucket_end_divisor(shards, config.pad_buckets_for_high_nccl_busbw)
     placed = place(items, shards, divisor // math.gcd(divisor, shards))
     ends = (start + item.elements for start, item in zip(placed.starts, items, strict=True))

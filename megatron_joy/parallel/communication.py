@@ -183,18 +183,14 @@ def _data(recipe: Recipe, stage: int) -> Iterable[Flow]:
     Where experts have replicas of their own AdamW is two optimizers, and each of Megatron-core's gathers all weights.
     """
     layout, width = recipe.layout, WEIGHT_BYTES[recipe.precision.params_dtype]
+    held = [each for chunk in chunks_of_stage(recipe, stage) for each in buffers(recipe, chunk)]
     gathers = 2 if recipe.optimizer.name == "adamw" and experts_have_own_replicas(recipe) else 1
     for expert in (False, True):
         replicas, stride = layout.data_parallel_size * layout.context_parallel_size, layout.tensor_model_parallel_size
         if expert:
             replicas = layout.expert_data_parallel_size
             stride = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
-        values = sum(
-            buffer.length
-            for chunk in chunks_of_stage(recipe, stage)
-            for own, buffer in buffers(recipe, chunk)
-            if own is expert
-        )
+        values = sum(buffer.length for own, buffer in held if own is expert)
         share, whose = (replicas - 1) / replicas * values, "experts" if expert else "other weights"
         yield Flow("data", f"gradients of {whose}", "ring", replicas, stride, share * FP32, True)
         yield Flow("data", f"{whose} after the update", "ring", replicas, stride, share * width * gathers, True)

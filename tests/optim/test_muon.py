@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_joy.checkpoint.contents import pieces_of
+from megatron_joy.checkpoint.contents import active_parts, owned_ranges, pieces_of
 from megatron_joy.optim.build import set_learning_rate
 from megatron_joy.recipe.schema import OptimizerSection, Recipe
 from megatron_joy.recipe.timetable import Timetable
@@ -20,12 +20,13 @@ UPDATES, CLIP, DECAY = 3, 1.0, 0.1
 LAYOUTS = {
     **worlds.LAYOUTS,
     "dp2tp2": {"data_parallel_size": 2, "tensor_model_parallel_size": 2},
+    "dp4ep4": {"data_parallel_size": 4, "expert_model_parallel_size": 4},
 }
 
 
-def made(layout: str, dtype: str = "fp32", **optimizer: Any) -> Recipe:
+def made(layout: str, dtype: str = "fp32", model: dict[str, Any] | None = None, **optimizer: Any) -> Recipe:
     section = OptimizerSection(**{"name": "muon", "clip_grad": CLIP, "weight_decay": DECAY, **optimizer})
-    recipe = worlds.recipe("one", dtype).model_copy(update={"optimizer": section})
+    recipe = worlds.recipe("one", dtype, **(model or {})).model_copy(update={"optimizer": section})
     return recipe.model_copy(update={"layout": recipe.layout.model_copy(update=LAYOUTS[layout])})
 
 
@@ -55,7 +56,11 @@ def _long(piece: Any) -> tuple[int, ...]:
 
 def _updated(recipe: Recipe) -> Any:
     """(initial boxes, gradient norms, boxes after the updates)."""
-    run = worlds.Run.start(recipe)
+    return _update(worlds.Run.start(recipe))
+
+
+def _update(run: worlds.Run) -> Any:
+    recipe = run.recipe
     before, norms = run.boxes(), []
     for update in range(1, UPDATES + 1):
         for chunk in run.trainer.chunks:
@@ -153,6 +158,28 @@ def test_bf16_weights_have_fp32_masters_that_get_the_update() -> None:
         master = after[f"optimizer.state.param.{key}"]
         assert master == pytest.approx(whole[key], rel=0, abs=2e-6 * float(np.abs(whole[key]).max())), key
         assert np.array_equal(torch.tensor(master).bfloat16().float().numpy(), after[key])
+
+
+WIDE = {"num_hidden_layers": 2, "num_nextn_predict_layers": 0, "intermediate_size": 1024}
+
+
+def _updated_and_owned(recipe: Recipe) -> Any:
+    """`_updated`, and of the dense layer's gate and up the range that this rank updates."""
+    run = worlds.Run.start(recipe)
+    ranges = [each for part in active_parts(run.trainer.optimizer) for each in owned_ranges(part)]
+    return _update(run), [(start, end) for p, start, end in ranges if p.shape[0] == 2 * WIDE["intermediate_size"]]
+
+
+def test_a_gate_and_an_up_on_two_ranks_are_updated_as_on_one() -> None:
+    recipe = made("dp4ep4", model=WIDE)
+    ranks = run_world(_updated_and_owned, 4, recipe)
+    border = WIDE["intermediate_size"] * recipe.model.hidden_size
+    assert [owned for _, owned in ranks] == [[(0, border)], [(border, 2 * border)], [], []]
+    norms, whole = expected(worlds.joined([before for (before, _, _), _ in ranks]), recipe)
+    after = worlds.joined([boxes for (_, _, boxes), _ in ranks])
+    assert ranks[0][0][1] == pytest.approx(norms, rel=1e-6)
+    for key, value in whole.items():
+        assert after[key] == pytest.approx(value, rel=0, abs=2e-6 * float(np.abs(value).max())), key
 
 
 def _shares(recipe: Recipe) -> list[int]:
