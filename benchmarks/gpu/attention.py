@@ -22,6 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_joy.platform import process  # noqa: F401 - before Megatron-core: one cuDNN for torch and Transformer Engine
+
+# isort: split
 from megatron_joy.model.backends.portable_attention import attend, attend_packed, attend_variable_length
 from megatron_joy.model.backends.select import transformer_engine_problem
 

@@ -9,6 +9,7 @@ and trained by us, once from Megatron-core's own specification on Transformer En
 micro-batches and optimizer, in a bare loop. Both take turns (ours, theirs, ours, ...), so that a drifting machine
 touches both alike. MFU is against the GPU's dense peak in BF16 in every precision. That both are one model is checked:
 as many parameters, the same loss at the start. Then the losses of a tiny model in fp32 are held against the CPU's.
+Models of an earlier precision stay in memory: give one a call where they don't fit side by side (53 GB each in BF16).
 
 --dry-run goes the same way with tiny widths, few steps and portable blocks (FP8 emulated) on whatever there is; its
 figures mean nothing. Exit code: 0, 1 where the two models or the losses differ, 2 where nothing could be measured.

@@ -1,17 +1,21 @@
 """Initial weights depend on the seed alone: every layout starts from the same model."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from megatron_joy.model.build import build_model
-from megatron_joy.model.init import seed_of
+from megatron_joy.model.init import initialize_parameters, seed_of
 from megatron_joy.platform import process as platform
 from megatron_joy.prove.weights import largest_difference, write_whole
 from tests.gloo import run_world
 from tests.model.small import small_recipe
+
+# isort: split
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 LAYOUTS = {
     "TP2 x EP2": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
@@ -73,3 +77,31 @@ def test_no_two_tensors_share_a_seed() -> None:
     seeds = [seed_of(seed, key, index) for seed in range(5) for key in ("a", "b", "a/1") for index in range(50)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+class _Experts:
+    """Experts as Transformer Engine keeps them: a matrix each, whose axis of experts is in the sharded state alone."""
+
+    def __init__(self, first: int, count: int, whole: int) -> None:
+        self.matrices = [torch.zeros(6, 4) for _ in range(count)]
+        self.first, self.whole = first, whole
+
+    def buffers(self) -> list[torch.Tensor]:
+        return []
+
+    def sharded_state_dict(self, metadata: Any) -> dict[str, ShardedTensor]:
+        return {
+            f"weight{i}": ShardedTensor.from_rank_offsets(
+                "experts.weight", matrix, (0, self.first + i, self.whole), prepend_axis_num=1
+            )
+            for i, matrix in enumerate(self.matrices)
+        }
+
+
+def test_experts_in_tensors_of_their_own_start_from_the_bits_of_stacked_ones() -> None:
+    experts = _Experts(first=1, count=2, whole=3)
+    with platform.alone() as process:
+        initialize_parameters([experts], 7, 0.5, process.groups)
+    for i, found in enumerate(experts.matrices):
+        generator = torch.Generator().manual_seed(seed_of(7, "experts.weight", 1 + i))
+        assert torch.equal(found, torch.empty(6, 4).normal_(0.0, 0.5, generator=generator))
