@@ -22,6 +22,7 @@ TESTS = Path(__file__).parent
 TOGETHER = {"slurm", "train"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         file = item.path.relative_to(TESTS)
