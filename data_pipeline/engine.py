@@ -10,6 +10,7 @@ kept, what it touches is made again.
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from megatron_joy.errors import UserError, WorkError
 
 WORK = "work"
 PLAN = "plan.json"
+SHARD_FILE = re.compile(r"shard_\d{5,}\.(bin|idx|documents\.jsonl\.zst|scores\.npy)")
 PIPELINE = "pipeline.json"  # resolved, for whoever asks later what a document went through
 
 
@@ -127,6 +129,10 @@ def plan_path(pipeline: Pipeline) -> Path:
     return pipeline.folder / WORK / PLAN
 
 
+def _holds_shards(folder: Path) -> bool:
+    return (folder / MANIFEST_NAME).exists() or any(SHARD_FILE.fullmatch(path.name) for path in folder.glob("shard_*"))
+
+
 def check_owner(pipeline: Pipeline) -> None:
     """Raises UserError when the output folder belongs to something else."""
     path = plan_path(pipeline)
@@ -137,7 +143,7 @@ def check_owner(pipeline: Pipeline) -> None:
                 f"output.folder = {pipeline.output.folder}: holds the output of pipeline {owner!r}, not of "
                 f"{pipeline.name!r}; give another folder"
             )
-    elif any((pipeline.folder / split / MANIFEST_NAME).exists() for split in SPLITS):
+    elif any(_holds_shards(pipeline.folder / split) for split in SPLITS):
         raise UserError(
             f"output.folder = {pipeline.output.folder}: holds shards of unknown origin; give another folder"
         )

@@ -1,6 +1,5 @@
 """The last stage: close the accounts, publish the shard sets, and tidy up."""
 
-import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -12,7 +11,15 @@ import orjson
 
 from data_pipeline.accounts import make_ledger
 from data_pipeline.dedup.stage import SIGNATURES
-from data_pipeline.engine import WORK, Job, OutputFile, TaskResult, statistics_of
+from data_pipeline.engine import (
+    SHARD_FILE,
+    WORK,
+    Job,
+    OutputFile,
+    TaskResult,
+    remove_partial_files,
+    statistics_of,
+)
 from data_pipeline.read import QUARANTINE
 from data_pipeline.score.scorers import column_names
 from data_pipeline.spool import SPLITS
@@ -23,7 +30,6 @@ from megatron_joy import __version__
 from megatron_joy.data.atomic import atomic_file, write_atomically
 from megatron_joy.data.ledger import SAMPLES_NAME, write_ledger
 from megatron_joy.data.manifest import (
-    MANIFEST_NAME,
     TOKENIZER_FOLDER,
     Accounts,
     Manifest,
@@ -37,7 +43,6 @@ from megatron_joy.data.shards import token_dtype
 from megatron_joy.errors import WorkError
 
 OTHER_SPLIT = {"train": "validation_split", "validation": "training_split"}
-SHARD_FILE = re.compile(r"shard_\d{5,}\.(bin|idx|documents\.jsonl\.zst|scores\.npy)")
 
 
 def close_accounts(reads: list[dict[str, Any]], writes: list[dict[str, Any]]) -> tuple[int, Counter[str]]:
@@ -206,14 +211,9 @@ def finish_task(job: Job, shard: int) -> TaskResult:
     return TaskResult([*map(job.describe, files), *shards], {"notes": notes, "checked": checked})
 
 
-def unpublish(job: Job) -> None:
-    """Take the manifests away while their shards are being rewritten: a half-written set must not look whole."""
-    for split in SPLITS:
-        (job.folder / split / MANIFEST_NAME).unlink(missing_ok=True)
-
-
 def tidy(job: Job) -> None:
-    """Remove the partitioned text, once the shards are whole."""
+    """Remove what killed workers left and the partitioned text, once the shards are whole."""
+    remove_partial_files(job.folder)
     if not job.pipeline.output.keep_work:
         for stage in ("read", "cluster", "overlap", "contamination", "score", "write"):
             shutil.rmtree(job.folder / WORK / stage, ignore_errors=True)

@@ -19,10 +19,10 @@ from data_pipeline.engine import (
     save_plan,
     statistics_of,
 )
-from data_pipeline.finish import tidy, unpublish
+from data_pipeline.finish import tidy
 from data_pipeline.local import LocalPool
 from data_pipeline.pool import Pool
-from data_pipeline.stages import STAGES
+from data_pipeline.stages import STAGES, check_tokenizer
 from megatron_joy.errors import UserError, WorkError
 
 EXECUTORS = ("local", "mpi", "ray", "slurm")
@@ -90,6 +90,7 @@ def run_pipeline(
         _check_workers(executor, workers)
         pipeline = load_pipeline(name_or_path, overrides)
         check_owner(pipeline)
+        check_tokenizer(pipeline)
         job = Job(pipeline, make_plan(pipeline))
         with sole_run(pipeline.folder):
             try:
@@ -154,6 +155,7 @@ def _run_under_slurm(
     _check_workers("slurm", workers)
     pipeline = load_pipeline(name_or_path, overrides)
     check_owner(pipeline)
+    check_tokenizer(pipeline)
     job = Job(pipeline, make_plan(pipeline))
     with sole_run(pipeline.folder):
         refuse_second_submission(pipeline.folder)
@@ -177,7 +179,6 @@ def _prepare(job: Job) -> tuple[Engine, list[tuple[str, list[int]]]]:
     engine = Engine(job, STAGES)
     left = engine.unfinished()
     if left:
-        unpublish(job)
         remove_partial_files(job.folder)
     return engine, left
 

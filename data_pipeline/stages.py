@@ -4,7 +4,6 @@ tokenizer, score (score/), write (write.py), finish (finish.py).
 Each task is a function of the job and its shard.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.config import Pipeline
 from data_pipeline.decontaminate.stage import contamination_settings, contamination_task, overlap_task
 from data_pipeline.dedup.stage import cluster_task, near_settings, sign_task
 from data_pipeline.encode import oracle_of
@@ -23,7 +23,7 @@ from data_pipeline.score.stage import bound_settings, score_settings, score_task
 from data_pipeline.select import spools_of
 from data_pipeline.spool import read_bucket, spool_paths, unique
 from data_pipeline.tokenizer import (
-    TOKENIZER_FILE,
+    COPIED_FILES,
     copy_tokenizer,
     identify,
     package_folder,
@@ -31,6 +31,7 @@ from data_pipeline.tokenizer import (
     train_tokenizer,
 )
 from data_pipeline.write import write_task
+from megatron_joy.data.checksum import file_sha256
 from megatron_joy.data.manifest import TOKENIZER_FOLDER
 from megatron_joy.errors import UserError
 
@@ -67,12 +68,19 @@ def _sample(job: Job) -> Iterator[str]:
             yield document.text.decode()
 
 
-def _given_tokenizer(job: Job) -> Path | None:
+def _given_tokenizer(pipeline: Pipeline) -> Path | None:
     """The folder of a tokenizer that is not trained here."""
-    section = job.pipeline.tokenizer
+    section = pipeline.tokenizer
     if section.package is not None:
         return package_folder(section.package)
     return Path(section.folder) if section.folder is not None else None
+
+
+def check_tokenizer(pipeline: Pipeline) -> None:
+    """Raises UserError when the given tokenizer is none: that should not come up after all inputs were read."""
+    given = _given_tokenizer(pipeline)
+    if given is not None:
+        identify(given, pipeline.tokenizer.eod_token)
 
 
 def tokenizer_task(job: Job, shard: int) -> TaskResult:
@@ -80,7 +88,7 @@ def tokenizer_task(job: Job, shard: int) -> TaskResult:
     _require_documents(job)
     section = job.pipeline.tokenizer
     folder = job.folder / TOKENIZER_FOLDER
-    given = _given_tokenizer(job)
+    given = _given_tokenizer(job.pipeline)
     if given is not None:
         identify(given, section.eod_token)
         oracle_of(given)
@@ -94,11 +102,11 @@ def tokenizer_task(job: Job, shard: int) -> TaskResult:
 
 
 def _tokenizer_settings(job: Job) -> Any:
-    given = _given_tokenizer(job)
-    content = (given / TOKENIZER_FILE) if given else None
-    # A tokenizer folder whose files change between two runs is another tokenizer.
-    digest = hashlib.sha256(content.read_bytes()).hexdigest() if content and content.is_file() else None
-    return [job.pipeline.tokenizer.model_dump(), digest]
+    given = _given_tokenizer(job.pipeline)
+    # A folder whose files change between two runs is another tokenizer; its configuration says what ends a document.
+    names = [name for name in COPIED_FILES if given and (given / name).is_file()]
+    digests = {name: file_sha256(given / name) for name in names} if given else {}
+    return [job.pipeline.tokenizer.model_dump(), digests]
 
 
 def _near_tasks(job: Job) -> int:
@@ -114,7 +122,7 @@ def _score_tasks(job: Job) -> int:
 
 
 STAGES = [
-    Stage("read", "reading inputs", 4, (), read_settings, lambda job: len(job.plan.tasks), read_task),
+    Stage("read", "reading inputs", 5, (), read_settings, lambda job: len(job.plan.tasks), read_task),
     Stage("sign", "signing documents", 1, ("read",), near_settings, _near_tasks, sign_task),
     Stage(
         "cluster",
@@ -137,7 +145,7 @@ STAGES = [
         lambda job: int(job.pipeline.decontaminate.enabled),
         contamination_task,
     ),
-    Stage("tokenizer", "preparing the tokenizer", 1, ("read",), _tokenizer_settings, lambda job: 1, tokenizer_task),
+    Stage("tokenizer", "preparing the tokenizer", 2, ("read",), _tokenizer_settings, lambda job: 1, tokenizer_task),
     # After the tokenizer, which looks at no scores: another scorer does not train it again.
     Stage(
         "score", "scoring documents", 1, ("read", "cluster", "contamination"), score_settings, _score_tasks, score_task

@@ -38,8 +38,12 @@ def attempt(engine: Engine, stage: str, shard: int) -> dict[str, Any]:
         engine.run_task(stage, shard)
     except UserError as error:
         answer |= {"kind": "user", "message": str(error)}
-    except (WorkError, OSError) as error:
+    except WorkError as error:
         answer |= {"kind": "work", "message": f"stage {stage} shard {shard}: {error}"}
+    except OSError as error:
+        # A full disk names no file; numpy's own error of one has not even a number.
+        place, reason = error.filename or engine.job.folder, error.strerror or error
+        answer |= {"kind": "work", "message": f"stage {stage} shard {shard}: {place}: {reason}; mend it and run again"}
     except Exception as error:
         traceback.print_exc()
         answer |= {"kind": "work", "message": f"stage {stage} shard {shard}: {type(error).__name__}: {error}"}

@@ -17,11 +17,14 @@ from data_pipeline.engine import Job, TaskResult, statistics_of
 from data_pipeline.native.library import kernels
 from data_pipeline.score.base import Scores
 from data_pipeline.select import select
-from data_pipeline.spool import Spooled
+from data_pipeline.spool import SPLITS, Spooled
+from data_pipeline.tokenizer import TOKENIZER_FILE
 from megatron_joy.data.atomic import atomic_file, write_atomically
-from megatron_joy.data.manifest import SCORES_SUFFIX, TOKENIZER_FOLDER, ShardEntry, TokenizerIdentity
+from megatron_joy.data.checksum import file_sha256
+from megatron_joy.data.manifest import MANIFEST_NAME, SCORES_SUFFIX, TOKENIZER_FOLDER, ShardEntry, TokenizerIdentity
 from megatron_joy.data.provenance import SUFFIX, DocumentOrigin, write_origins
 from megatron_joy.data.shards import ShardSummary, ShardWriter, bin_path, idx_path, token_dtype
+from megatron_joy.errors import WorkError
 
 Text = bytes | memoryview  # UTF-8
 UNKNOWN = "unknown"  # language of documents that no transform identified
@@ -65,7 +68,13 @@ def write_tokens(prefix: Path, encoder: Encoder, texts: Sequence[Text], vocab_si
 
 @lru_cache(maxsize=1)
 def _encoder(folder: Path, identity: TokenizerIdentity, settings: EncodeSection) -> Encoder:
-    """Loading a tokenizer of 128,000 entries takes as long as encoding a hundred megabytes: once for each worker."""
+    """Loading a tokenizer of 128,000 entries takes as long as encoding a hundred megabytes: once for each worker.
+
+    Raises WorkError when the output folder's tokenizer is not the one that its stage made.
+    """
+    path = folder / TOKENIZER_FILE
+    if not path.is_file() or file_sha256(path) != identity.sha256:
+        raise WorkError(f"{path}: not the tokenizer that this run prepared; remove it and run again")
     return Encoder(folder, identity, settings)
 
 
@@ -120,6 +129,15 @@ def _write_scores(prefix: Path, scores: Scores | None) -> dict[str, Any]:
     return {"scores": path.name, "scores_blake3": blake3(content.getvalue()).hexdigest()}
 
 
+def _unpublish(job: Job) -> None:
+    """Take an earlier run's manifests away before the first of their shards changes: a mixture must not look whole.
+
+    Until then they stay: a run that stops early, at a mistake in its inputs, leaves what was published usable.
+    """
+    for name in SPLITS:
+        (job.folder / name / MANIFEST_NAME).unlink(missing_ok=True)
+
+
 def write_task(job: Job, shard: int) -> TaskResult:
     """The task of the write stage; an empty bucket gives no shard."""
     split, number = job.plan.buckets.split_of(shard)
@@ -133,6 +151,7 @@ def write_task(job: Job, shard: int) -> TaskResult:
         "languages": {},
         "shard": None,
     }
+    _unpublish(job)
     if not documents:
         return TaskResult([], statistics)
     prefix = job.folder / split / f"shard_{number:05d}"

@@ -46,7 +46,7 @@ REASONS = {
     "broken_json": "a line that is not JSON",
     "missing_text": "a record without a string (pages: a list of strings) in the text field",
     "empty": "no text, or white space only",
-    "binary": "a file with NUL bytes",
+    "binary": "a file with NUL bytes, or a record that is NULs for more than half",
     "too_large": "a record above max_document_megabytes",
     "broken_compression": "a compressed file that ends or breaks in the middle",
     "unreadable": "a file that the system does not let us read",
@@ -71,6 +71,11 @@ def not_utf8(content: bytes) -> bool:
     except UnicodeDecodeError:
         return True
     return False
+
+
+def mostly_nul(content: bytes) -> bool:
+    """Whether more than half of a text is NULs."""
+    return b"\0" in content and 2 * content.count(b"\0") > len(content)
 
 
 def stated(value: Any) -> str | None:

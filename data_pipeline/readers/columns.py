@@ -5,7 +5,7 @@ from typing import Any, BinaryIO
 
 from data_pipeline.config import SourceSection
 from data_pipeline.inventory import Piece
-from data_pipeline.readers.base import Document, Record, Rejected, excerpt, not_utf8, stated
+from data_pipeline.readers.base import Document, Record, Rejected, excerpt, mostly_nul, not_utf8, stated
 from data_pipeline.transform.base import require
 from megatron_joy.errors import UserError
 
@@ -53,6 +53,8 @@ def _row(values: dict[str, Any], offset: int, source: SourceSection, limit: int)
         return Rejected("not_utf8", offset, excerpt(content))
     if not content.decode().strip():
         return Rejected("empty", offset, excerpt(content))
+    if mostly_nul(content):
+        return Rejected("binary", offset, excerpt(content))
     licence = stated(values[source.licence_field]) if source.licence_field else None
     return Document(content, offset, licence, stated(values[source.url_field]) if source.url_field else None)
 
@@ -98,5 +100,6 @@ def read_parquet(stream: BinaryIO, piece: Piece, source: SourceSection, limit: i
                         yield _row(values, place, source, limit)
                         place += 1
             except broken as error:
-                yield Rejected("broken_parquet", place, str(error)[:160])
+                lost = f"rows {place} to {offset + group.num_rows - 1}: {error}"
+                yield Rejected("broken_parquet", place, lost[:160])
         offset += group.num_rows

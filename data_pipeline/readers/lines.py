@@ -14,6 +14,7 @@ from data_pipeline.readers.base import (
     Record,
     Rejected,
     excerpt,
+    mostly_nul,
     not_utf8,
     stated,
 )
@@ -42,15 +43,18 @@ def _parse_line(line: bytes, offset: int, source: SourceSection) -> Record:
         return Rejected("missing_text", offset, excerpt(line))
     if not text or text.isspace():
         return Rejected("empty", offset, excerpt(line))
+    content = text.encode()
+    if mostly_nul(content):
+        return Rejected("binary", offset, excerpt(line))
     licence = stated(record.get(source.licence_field)) if source.licence_field else None
     url = stated(record.get(source.url_field)) if source.url_field else None
-    return Document(text.encode(), offset, licence, url)
+    return Document(content, offset, licence, url)
 
 
-def _skip_line(stream: BinaryIO, limit: int) -> int:
-    """Read to the end of a line in bounded pieces; returns how many bytes that were."""
+def _skip_line(stream: BinaryIO, limit: int, room: float) -> int:
+    """Read to the end of a line in bounded pieces, or `room` bytes of it; returns how many bytes that were."""
     skipped = 0
-    while part := stream.readline(limit):
+    while skipped < room and (part := stream.readline(limit)):
         skipped += len(part)
         if part.endswith(b"\n"):
             break
@@ -60,18 +64,20 @@ def _skip_line(stream: BinaryIO, limit: int) -> int:
 def read_lines(stream: BinaryIO, piece: Piece, source: SourceSection, limit: int) -> Iterator[Record]:
     """One document per line; blank lines are no records. A line belongs to the piece that its first byte is in."""
     offset = start = piece.start
+    # No further than the piece goes: a line of a hundred pieces is not read a hundred times to its end.
+    end = float("inf") if piece.end is None else piece.end
     try:
         if offset:
             stream.seek(offset - 1)
-            offset += _skip_line(stream, limit) - 1
-        while piece.end is None or offset < piece.end:
+            offset += _skip_line(stream, limit, end - offset + 1) - 1
+        while offset < end:
             start = offset
             line = stream.readline(limit + 1)
             if not line:
                 return
             offset += len(line)
             if len(line) > limit and not line.endswith(b"\n"):
-                offset += _skip_line(stream, limit)
+                offset += _skip_line(stream, limit, end - offset)
                 yield Rejected("too_large", start, excerpt(line))
                 continue
             content = line.removeprefix(BYTE_ORDER_MARK) if start == 0 else line

@@ -32,7 +32,9 @@ SCAFFOLDING = {b"warcinfo", b"request", b"metadata", b"revisit", b"continuation"
 
 
 class BrokenRecord(Exception):
-    """What can't be read as a WARC record; args: what is wrong."""
+    """What can't be read as a WARC record; args: what is wrong. offset: where it begins, once that is known."""
+
+    offset = 0
 
 
 class Member(io.RawIOBase):
@@ -133,7 +135,11 @@ def _records(stream: BinaryIO, offset: int | None, limit: int) -> Iterator[Recor
     """
     while line := _first_line(stream):
         place = stream.tell() - len(line) if offset is None else offset
-        record = _record(stream, _read_header(line, stream), place, limit)
+        try:
+            record = _record(stream, _read_header(line, stream), place, limit)
+        except BrokenRecord as error:
+            error.offset = place
+            raise
         if record is not None:
             yield record
 
@@ -235,7 +241,6 @@ def _to_next_record(stream: BinaryIO) -> bytes | None:
 def _read_stream(stream: BinaryIO, limit: int) -> Iterator[Record]:
     """A stream without members. After a broken record it goes on at the next line that begins one."""
     counted = cast(BinaryIO, Counted(stream))
-    place = 0
     while True:
         try:
             yield from _records(counted, None, limit)
@@ -244,7 +249,7 @@ def _read_stream(stream: BinaryIO, limit: int) -> Iterator[Record]:
             yield Rejected("broken_compression", counted.tell(), str(error))
             return
         except BrokenRecord as error:
-            yield Rejected("broken_record", place, str(error))
+            yield Rejected("broken_record", error.offset, str(error))
         try:
             line = _to_next_record(counted)
         except BROKEN_STREAM as error:

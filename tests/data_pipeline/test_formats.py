@@ -65,6 +65,25 @@ def test_parquet_rows_without_usable_text_are_put_aside(tmp_path: Path) -> None:
     assert reasons(records) == {"missing_text": 1, "empty": 2, "too_large": 1}
     binary = parquet(tmp_path / "b.parquet", {"text": [b"bytes", b"caf\xe9"]})
     assert reasons(read_all(pipeline(source(binary)))) == {"not_utf8": 1}
+    nuls = parquet(tmp_path / "c.parquet", {"text": ["\0" * 500, "xy\0\0\0", "x\0", "good"]})
+    assert (texts(read_all(pipeline(source(nuls)))), reasons(read_all(pipeline(source(nuls))))) == (
+        ["x\0", "good"],
+        {"binary": 2},
+    )
+
+
+def test_a_broken_row_group_says_which_rows_are_lost(tmp_path: Path) -> None:
+    rows = [f"text {number} " + "x" * 40 for number in range(30)]
+    path = parquet(tmp_path / "a.parquet", {"text": rows}, row_group_size=10, use_dictionary=False, compression="zstd")
+    group = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    content = bytearray(path.read_bytes())
+    content[group.data_page_offset : group.data_page_offset + 8] = b"\xff" * 8
+    path.write_bytes(content)
+    records = read_all(pipeline(source(path)))
+    (lost,) = [record for record in records if isinstance(record, Rejected)]
+    assert texts(records) == rows[:10] + rows[20:]
+    assert (lost.reason, lost.offset) == ("broken_parquet", 10)
+    assert lost.excerpt.startswith("rows 10 to 19: ")
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,8 @@ def test_each_bad_record_has_its_reason_and_offset_and_the_good_ones_stay(tmp_pa
         (line(""), "empty"),
         (line(" \n\t\u3000"), "empty"),
         (line("x" * 2000), "too_large"),
+        (line("\0" * 100), "binary"),
+        (line("x" + "\0" * 100), "binary"),
         (line("last")[:-1], None),
     ]
     records = jsonl(tmp_path / "a.jsonl", b"".join(part for part, _ in parts), max_document_megabytes=0.001)

@@ -1,13 +1,16 @@
 """Tokenizers: training is deterministic, special tokens come from files, transformers loads what we write."""
 
 import json
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.tokenizer import (
+    LONGEST_WORD,
     SPLITS,
     copy_tokenizer,
     identify,
@@ -15,6 +18,7 @@ from data_pipeline.tokenizer import (
     package_folder,
     save_tokenizer,
     train_tokenizer,
+    without_long_words,
 )
 from data_pipeline.train_tokenizer import train_on_files
 from megatron_joy.errors import UserError
@@ -68,6 +72,22 @@ def test_transformers_loads_a_trained_one_with_its_special_tokens(trained: Path)
     text = "def f(x):\n    return x ** 2  # naïve 日本語 12345"
     assert theirs(text)["input_ids"] == load_tokenizer(trained).encode(text).ids
     assert theirs.decode(theirs(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("character", ["\0", " ", "\n", "x", "字", "-", "é\u0301"])
+def test_long_words_are_cut_for_the_trainer_and_nothing_else_is(character: str) -> None:
+    long = "before " + character * 100_000 + " behind\nand " + "y" * 2 * LONGEST_WORD
+    pieces = list(without_long_words([long, *ODD_STRINGS]))
+    cut, rest = pieces[: -len(ODD_STRINGS)], pieces[-len(ODD_STRINGS) :]
+    assert "".join(cut) == long
+    assert max(len(run) for piece in cut for run in re.findall(r"[^ \n]+|\s+", piece)) == LONGEST_WORD
+    assert rest == ODD_STRINGS
+
+
+def test_a_word_of_a_million_nuls_is_trained_on_in_seconds() -> None:
+    began = time.process_time()
+    train_tokenizer(["\0" * 1_000_000, *texts(100)], 400, SPECIAL)
+    assert time.process_time() - began < 60  # ten minutes before
 
 
 def test_too_little_text_for_the_vocabulary_is_refused() -> None:

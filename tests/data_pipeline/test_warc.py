@@ -155,6 +155,8 @@ def test_a_record_shorter_or_longer_than_it_says_costs_what_it_must(tmp_path: Pa
     found = read(write(tmp_path, suffix, content))
     assert pages(found) == EXPECTED[:2]
     assert reasons(found) == {"broken_record": 1}
+    (broken,) = [one for one in found if isinstance(one, Rejected)]
+    assert broken.offset == len(COMPRESSORS[suffix]([RECORDS[2]]))
 
 
 @settings(deadline=None, max_examples=30)
