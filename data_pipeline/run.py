@@ -22,6 +22,7 @@ from data_pipeline.engine import (
 from data_pipeline.finish import tidy
 from data_pipeline.local import LocalPool
 from data_pipeline.pool import Pool
+from data_pipeline.slurm import Scripts, follow, plain_script, refuse_second_submission, submit
 from data_pipeline.stages import STAGES, check_tokenizer
 from megatron_joy.errors import UserError, WorkError
 
@@ -76,15 +77,17 @@ def run_pipeline(
     executor: str = "local",
     workers: int | None = None,
     on_progress: Progress = lambda stage, done, total: None,
+    scripts: Scripts = plain_script,
 ) -> Outcome:
     """Run a pipeline to its end, or go on where an earlier run stopped.
 
-    on_progress(purpose of the stage, tasks done, tasks in all) is called as tasks finish. Raises UserError, before
+    on_progress(purpose of the stage, tasks done, tasks in all) is called as tasks finish. scripts: what is submitted
+    under Slurm. Raises UserError, before
     anything is published, for what is wrong with the pipeline or its inputs; WorkError when the work fails.
     """
     check_executor(executor)
     if executor == "slurm":
-        return _run_under_slurm(name_or_path, overrides, workers, on_progress)
+        return _run_under_slurm(name_or_path, overrides, workers, on_progress, scripts)
     # The workers come first: under MPI they run already, and must hear of it when something here is wrong.
     with _open_pool(executor, name_or_path, overrides, workers) as pool:
         _check_workers(executor, workers)
@@ -147,11 +150,9 @@ def serve_as_rank(pipeline: str, overrides: Sequence[str]) -> bool:
 
 
 def _run_under_slurm(
-    name_or_path: str, overrides: Sequence[str], workers: int | None, on_progress: Progress
+    name_or_path: str, overrides: Sequence[str], workers: int | None, on_progress: Progress, scripts: Scripts
 ) -> Outcome:
     """Submit what is left as job arrays and wait for their end; the last job takes the folder's lock and publishes."""
-    from data_pipeline.slurm import follow, refuse_second_submission, submit
-
     _check_workers("slurm", workers)
     pipeline = load_pipeline(name_or_path, overrides)
     check_owner(pipeline)
@@ -160,7 +161,7 @@ def _run_under_slurm(
     with sole_run(pipeline.folder):
         refuse_second_submission(pipeline.folder)
         engine, left = _prepare(job)
-        jobs = submit(engine, left, name_or_path, overrides, workers) if left else []
+        jobs = submit(engine, left, name_or_path, overrides, workers, scripts) if left else []
     follow(engine, left, jobs, on_progress)
     return _outcome(job, sum(len(shards) for _, shards in left))
 

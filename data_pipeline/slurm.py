@@ -1,8 +1,9 @@
 """The Slurm executor: a job array for each unfinished stage, each after the one before it, and a job that ends the run.
 
 All jobs are submitted at once and know all they need, so the run goes on when whoever submitted it is gone. The scripts
-are slurm/data_array.sbatch and slurm/data_merge.sbatch; account, partition and the like come from sbatch's own
-variables (SBATCH_ACCOUNT, SBATCH_PARTITION, ...).
+are slurm/data_array.sbatch and slurm/data_merge.sbatch, filled in from a site file by whoever asks for the run; without
+one account, partition and the like come from sbatch's own variables (SBATCH_ACCOUNT, SBATCH_PARTITION, ...), which win
+over what a script says.
 """
 
 import os
@@ -26,10 +27,18 @@ ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL
 GONE = ""  # what squeue says of a job that it has forgotten
 
 
-def _sbatch(folder: Path, options: Sequence[str], script: str, arguments: Sequence[str]) -> str:
+Scripts = Callable[[str], str]  # the text of a template of slurm/, by its name
+
+
+def plain_script(name: str) -> str:
+    """A template as it stands."""
+    return (SCRIPTS / name).read_text(encoding="utf-8")
+
+
+def _sbatch(folder: Path, options: Sequence[str], script: Path, arguments: Sequence[str]) -> str:
     """Submit a script; returns the job's id. Raises UserError, with sbatch's own words, when Slurm refuses."""
     log = str(folder / WORK / "slurm" / "%x_%A_%a.out").replace("%", "%%").replace("%%x_%%A_%%a", "%x_%A_%a")
-    command = ["sbatch", "--parsable", f"--output={log}", *options, str(SCRIPTS / script), *arguments]
+    command = ["sbatch", "--parsable", f"--output={log}", *options, str(script), *arguments]
     try:
         done = subprocess.run(
             command, env={**os.environ, "JOY_PYTHON": sys.executable}, capture_output=True, text=True, check=False
@@ -38,7 +47,9 @@ def _sbatch(folder: Path, options: Sequence[str], script: str, arguments: Sequen
         raise UserError("--executor slurm: no sbatch here; run it on a node from which jobs are submitted") from None
     if done.returncode:
         line = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"--executor slurm: sbatch refuses: {line}; mend it (SBATCH_PARTITION, ...) and run again")
+        raise UserError(
+            f"--executor slurm: sbatch refuses: {line}; mend it (--site, SBATCH_PARTITION, ...) and run again"
+        )
     return done.stdout.strip().partition(";")[0]
 
 
@@ -67,11 +78,18 @@ def refuse_second_submission(folder: Path) -> None:
 
 
 def submit(
-    engine: Engine, left: list[tuple[str, list[int]]], pipeline: str, overrides: Sequence[str], workers: int | None
+    engine: Engine,
+    left: list[tuple[str, list[int]]],
+    pipeline: str,
+    overrides: Sequence[str],
+    workers: int | None,
+    scripts: Scripts,
 ) -> list[str]:
     """Submit what is left, stage after stage, and the end; returns the jobs' ids. All or none are submitted."""
     folder = engine.job.folder
-    (folder / WORK / "slurm").mkdir(parents=True, exist_ok=True)
+    array, merge = (folder / WORK / "slurm" / name for name in ("data_array.sbatch", "data_merge.sbatch"))
+    for script in (array, merge):
+        write_atomically(script, scripts(script.name).encode())
     jobs: list[str] = []
 
     def after() -> list[str]:
@@ -83,8 +101,8 @@ def submit(
             total = engine.stages[stage].shards(engine.job)
             options = [f"--job-name=joy-{stage}", f"--array=0-{tasks - 1}", *after()]
             arguments = [pipeline, stage, str(total), str(tasks), *overrides]
-            jobs.append(_sbatch(folder, options, "data_array.sbatch", arguments))
-        jobs.append(_sbatch(folder, ["--job-name=joy-merge", *after()], "data_merge.sbatch", [pipeline, *overrides]))
+            jobs.append(_sbatch(folder, options, array, arguments))
+        jobs.append(_sbatch(folder, ["--job-name=joy-merge", *after()], merge, [pipeline, *overrides]))
     except BaseException:
         if jobs:
             subprocess.run(["scancel", *jobs], check=False)

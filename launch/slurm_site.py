@@ -6,6 +6,7 @@ place allows and quoted; nothing is ever pasted in as code.
 
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from pydantic import (
 from megatron_joy.errors import UserError
 
 TEMPLATES = Path(__file__).parents[1] / "slurm"
+DATA_MERGE = "data_merge.sbatch"
 OPEN, CLOSE = "# >>> site", "# <<< site"
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
 SAFE_PATH = re.compile(r"[\w./@+=,:-]+")
@@ -40,6 +42,7 @@ def _printable(value: str) -> str:
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.@+:/|&-]+(,[A-Za-z0-9_.@+:/-]+)*$")]
 Text = Annotated[str, AfterValidator(_printable)]
 Option = Annotated[str, Field(pattern=r"^--[a-z][a-z-]*(=[\w.,:/@+*%\[\]-]+)?$")]
+Time = Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
@@ -73,6 +76,17 @@ class Supervision(_Strict):
         return [*(f"--{name.replace('_', '-')}={value}" for name, value in valued.items()), *flags]
 
 
+class DataJobs(_Strict):
+    """What jobs of a data pipeline have instead of the run's; they need CPUs, a core for each task of an array."""
+
+    partition: Word | None = None
+    qos: Word | None = None
+    constraint: Word | None = None
+    time: Time | None = None
+    cpus_per_task: PositiveInt | None = Field(None, description="Of the job that closes the accounts: its workers.")
+    sbatch: list[Option] = Field(default_factory=list, description="Further options, as --mem=8G.")
+
+
 class Site(_Strict):
     """A site file. Every key may be left out."""
 
@@ -81,7 +95,7 @@ class Site(_Strict):
     qos: Word | None = None
     constraint: Word | None = None
     reservation: Word | None = None
-    time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")] | None = None
+    time: Time | None = None
     signal_seconds: Annotated[int, Field(gt=0, le=65_535)] = Field(300, description="Warning before the time is up.")
     cpus_per_task: PositiveInt | None = None
     sbatch: list[Option] = Field(default_factory=list, description="Further options, as --exclusive or --mem=0.")
@@ -92,6 +106,7 @@ class Site(_Strict):
     environment: dict[Name, Text] = Field(default_factory=dict, description="Variables of ranks and supervisor.")
     container: Container | None = None
     supervisor: Supervision = Field(default_factory=Supervision)
+    data: DataJobs = Field(default_factory=DataJobs, description="Jobs of `joy data run --executor slurm`.")
 
 
 def load_site(path: Path | None) -> Site:
@@ -184,7 +199,43 @@ def site_options(site: Site) -> dict[str, str | None]:
     options["signal"] = f"B:USR1@{site.signal_seconds}"
     if site.cpus_per_task:
         options["cpus-per-task"] = str(site.cpus_per_task)
-    for option in site.sbatch:
-        name, _, value = option.removeprefix("--").partition("=")
-        options[name] = value
-    return options
+    return options | _further(site.sbatch)
+
+
+def _further(words: Sequence[str]) -> dict[str, str]:
+    parts = (word.removeprefix("--").partition("=") for word in words)
+    return {name: value for name, _, value in parts}
+
+
+def data_script(site: Site, template: str) -> str:
+    """A template of a data pipeline's jobs as it is submitted.
+
+    Whole nodes, signals and network interfaces are the ranks'; an array's tasks take none of them from the site.
+    """
+    own = site.data.model_dump(exclude={"sbatch", "cpus_per_task"}, exclude_none=True)
+    shared = {
+        name: getattr(site, name) for name in ("account", "partition", "qos", "constraint", "reservation", "time")
+    }
+    options = {name: value for name, value in (shared | own).items() if value} | _further(site.data.sbatch)
+    if site.data.cpus_per_task and template == DATA_MERGE:
+        options["cpus-per-task"] = str(site.data.cpus_per_task)
+    lines = [f"module load {shlex.join(site.modules)}"] if site.modules else []
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
+    return fill_in(template, options, [*lines, f"python=({shlex.join(_data_python(site))})"])
+
+
+def _data_python(site: Site) -> list[str]:
+    """The command that a data pipeline's jobs call Python with."""
+    box = site.container
+    if box is None:
+        return [site.python or sys.executable]
+    if box.kind == "apptainer":
+        return [
+            "apptainer",
+            "exec",
+            *(word for mount in box.mounts for word in ("--bind", mount)),
+            box.image,
+            box.python,
+        ]
+    mounts = [f"--container-mounts={','.join(box.mounts)}"] if box.mounts else []
+    return ["srun", "--ntasks=1", f"--container-image={box.image}", *mounts, box.python]

@@ -1,10 +1,12 @@
 """`joy data`: from text to shards; verify them, count them, look at a document, trace a step."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from data_pipeline.run import EXECUTORS, Outcome, available_cpus, run_pipeline, serve_as_rank
+from data_pipeline.slurm import Scripts, plain_script
 from megatron_joy.data.inspect import SetReport, document_report, report_set
 from megatron_joy.data.ledger import LEDGER_NAME, Step, load_ledger
 from megatron_joy.data.manifest import load_manifest
@@ -26,6 +29,7 @@ app = typer.Typer(help="From text to shards; verify, count, inspect and trace th
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A shard set, or the folder with train and validation.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
+SITE = "JOY_SITE"
 EXECUTOR_NAMES = "|".join(EXECUTORS)
 
 
@@ -67,13 +71,18 @@ def run_command(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE ...", help="seed=7")] = None,
     executor: Annotated[str, typer.Option(metavar=EXECUTOR_NAMES, help="What starts the workers.")] = "local",
     workers: Annotated[int | None, typer.Option(help="Processes; default: this machine's cores.")] = None,
+    site: Annotated[
+        Path | None, typer.Option(help="--executor slurm: the site file (docs/launch.md); default: JOY_SITE's.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run a pipeline, or go on where a killed run stopped. Whatever the workers, the shards have the same bytes."""
+    if site is not None and executor != "slurm":
+        raise UserError(f"--site {site}: has no effect with --executor {executor}; remove it")
     if executor == "mpi" and serve_as_rank(pipeline, overrides or ()):
         return
     with _stage_bars() as bars:
-        outcome = run_pipeline(pipeline, overrides or (), executor, workers, bars)
+        outcome = run_pipeline(pipeline, overrides or (), executor, workers, bars, _scripts(executor, site))
     for note in outcome.notes:
         print(f"note: {note}", file=sys.stderr)
     folder = outcome.pipeline.folder
@@ -84,6 +93,16 @@ def run_command(
         return
     _print_reports(reports)
     print(_closing_line(outcome))
+
+
+def _scripts(executor: str, site: Path | None) -> Scripts:
+    """What is submitted under Slurm, filled in from the site file. Raises UserError for a mistake in it."""
+    site = site or (Path(os.environ[SITE]) if os.environ.get(SITE) else None)
+    if executor != "slurm" or site is None:
+        return plain_script
+    from launch.slurm_site import data_script, load_site
+
+    return partial(data_script, load_site(site))
 
 
 def _closing_line(outcome: Outcome) -> str:
