@@ -71,8 +71,8 @@ def attention(here: Pass, recompute: str) -> int:
     if recompute == "full":
         return here.hidden()
     latents = here.norm(q) + here.norm(c) + here.split_tokens * (q + c) * here.width
-    # With context parallelism each rank has the keys and values of the whole row.
-    core = wide + (wide + value) * cp if recompute == "selective" else 2 * wide + 2 * wide * cp
+    # With context parallelism each rank has the keys and values of the whole row; to compute again it gathers again.
+    core = 2 * wide + value if recompute == "selective" else 2 * wide + 2 * wide * cp
     statistics = 0 if recompute == "selective" else heads * FP32
     return (
         here.norm(model.hidden_size)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_joy.parallel.activations import Pass
-from megatron_joy.parallel.states import FP32, WEIGHT_BYTES, buffers
+from megatron_joy.parallel.kinds import kind_of
+from megatron_joy.parallel.states import FP32, WEIGHT_BYTES, buffers, replicas
 from megatron_joy.parallel.tensors import (
     ATTENTION,
     DENSE,
@@ -58,7 +59,7 @@ def pass_flows(recipe: Recipe, stage: int) -> list[Flow]:
 
 def stage_flows(recipe: Recipe, stage: int) -> list[Flow]:
     """All that a rank of a pipeline stage sends in one update; groups of one are left out."""
-    found = [*_shared_gradients(recipe, stage), *_data(recipe, stage)]
+    found = [*_shared_gradients(recipe, stage), *_whole_matrices(recipe, stage), *_data(recipe, stage)]
     return pass_flows(recipe, stage) + [flow for flow in found if flow.ranks > 1 and flow.sent]
 
 
@@ -177,6 +178,24 @@ def _shared_gradients(recipe: Recipe, stage: int) -> Iterable[Flow]:
         yield Flow("pipeline", "gradients of the shared embedding", "ring", 2, stride, float(table), True)
 
 
+def _whole_matrices(recipe: Recipe, stage: int) -> Iterable[Flow]:
+    """Muon gathers the parts of a split matrix, in fp32, before Newton-Schulz; the replicas share the matrices out.
+
+    Taken as evenly shared, which whole matrices can't quite be.
+    """
+    if recipe.optimizer.name != "muon":
+        return
+    layout = recipe.layout
+    values = {"tensor": 0.0, "expert": 0.0}
+    for tensor in (tensor for chunk in chunks_of_stage(recipe, stage) for tensor in chunk_tensors(recipe, chunk)):
+        kind = kind_of(tensor.name)
+        if kind.optimizer == "muon" and kind.split is not None:
+            values["expert" if kind.stacked else "tensor"] += tensor.numel / replicas(recipe, tensor.expert)
+    tp, etp = layout.tensor_model_parallel_size, layout.expert_tensor_parallel_size
+    yield Flow("tensor", "matrices for Muon", "ring", tp, 1, (tp - 1) * values["tensor"] * FP32, True)
+    yield Flow("expert", "experts' matrices for Muon", "ring", etp, 1, (etp - 1) * values["expert"] * FP32, True)
+
+
 def _data(recipe: Recipe, stage: int) -> Iterable[Flow]:
     """ZeRO-1: gradients are scattered in fp32 and weights gathered.
 
@@ -186,11 +205,10 @@ def _data(recipe: Recipe, stage: int) -> Iterable[Flow]:
     held = [each for chunk in chunks_of_stage(recipe, stage) for each in buffers(recipe, chunk)]
     gathers = 2 if recipe.optimizer.name == "adamw" and experts_have_own_replicas(recipe) else 1
     for expert in (False, True):
-        replicas, stride = layout.data_parallel_size * layout.context_parallel_size, layout.tensor_model_parallel_size
+        ranks, stride = replicas(recipe, expert), layout.tensor_model_parallel_size
         if expert:
-            replicas = layout.expert_data_parallel_size
             stride = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
         values = sum(buffer.length for own, buffer in held if own is expert)
-        share, whose = (replicas - 1) / replicas * values, "experts" if expert else "other weights"
-        yield Flow("data", f"gradients of {whose}", "ring", replicas, stride, share * FP32, True)
-        yield Flow("data", f"{whose} after the update", "ring", replicas, stride, share * width * gathers, True)
+        share, whose = (ranks - 1) / ranks * values, "experts" if expert else "other weights"
+        yield Flow("data", f"gradients of {whose}", "ring", ranks, stride, share * FP32, True)
+        yield Flow("data", f"{whose} after the update", "ring", ranks, stride, share * width * gathers, True)

@@ -6,7 +6,7 @@ from megatron_joy.parallel.communication import Flow, by_kind, pass_flows, stage
 from megatron_joy.recipe import load_recipe
 from megatron_joy.recipe.schema import Recipe
 from tests.gloo import run_world
-from tests.parallel.test_states import CP, DP, EP, PP, TP, name_of
+from tests.parallel.test_states import CP, DP, EP, ETP, PP, TP, VPP, name_of
 from tests.parallel.traffic import sent_in_a_step
 from tests.parallel.worlds import uneven_recipe
 
@@ -16,15 +16,21 @@ CASES: list[tuple[dict[str, int], str, str]] = [
     ({DP: 2, EP: 2}, "muon", "none"),
     ({PP: 2}, "adamw", "none"),
     ({CP: 2}, "adamw", "none"),
+    ({TP: 2, ETP: 2}, "adamw", "none"),
+    ({TP: 2, EP: 2}, "adamw", "none"),
+    ({TP: 2, ETP: 2}, "muon", "none"),
+    ({PP: 2, VPP: 2}, "adamw", "none"),
+    ({CP: 2, EP: 2}, "adamw", "none"),
+    ({PP: 2, EP: 2, DP: 2}, "adamw", "none"),
 ]
 
 
 @pytest.mark.parametrize(("layout", "optimizer", "recompute"), CASES, ids=name_of)
 def test_a_step_sends_what_is_planned(layout: dict[str, int], optimizer: str, recompute: str) -> None:
     recipe = uneven_recipe(layout, "fp32", optimizer, recompute=recompute, micro_batch_size=2)
-    counted = run_world(sent_in_a_step, 2, recipe)
-    stages = recipe.layout.pipeline_model_parallel_size
-    planned = [by_kind(stage_flows(recipe, rank * stages // 2)) for rank in (0, 1)]
+    world, stages = recipe.layout.world_size, recipe.layout.pipeline_model_parallel_size
+    counted = run_world(sent_in_a_step, world, recipe)
+    planned = [by_kind(stage_flows(recipe, rank * stages // world)) for rank in range(world)]
     assert {kind for found in counted for kind in found} == {kind for plan in planned for kind in plan}
     for kind in planned[0]:
         # Which ranks tokens go to is the routers' choice; what all ranks send together is not.

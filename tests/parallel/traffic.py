@@ -14,8 +14,10 @@ SMALL = 200  # bytes; counters, norms and losses are below
 SHARES = {
     "allreduce_": lambda n: 2 * (n - 1) / n,
     "_allgather_base_": lambda n: (n - 1) / n,
+    "allgather_": lambda n: (n - 1) / n,
     "allgather_into_tensor_coalesced_": lambda n: (n - 1) / n,
     "_reduce_scatter_base_": lambda n: (n - 1) / n,
+    "reduce_scatter_": lambda n: (n - 1) / n,
     "reduce_scatter_tensor_coalesced_": lambda n: (n - 1) / n,
     "send": lambda n: 1.0,
 }
@@ -78,10 +80,14 @@ def sent_in_a_step(recipe: Recipe) -> dict[str, float]:
 def _by_kind(sent: dict[tuple[str, str], float], process: Process) -> dict[str, float]:
     """Stages gather the experts' load, for metrics alone: counters that are left out, as in the plan."""
     load = process.groups.pp.group_name, "_allgather_base_"
+    # Of two stages that interleave, one direction goes through the group of all ranks.
+    world = dist.group.WORLD
+    assert world is not None
     names = {kind: {getattr(process.groups, name).group_name for name in GROUPS[kind]} for kind in GROUPS}
-    names["expert"] = {process.groups.ep.group_name}
+    names["expert"] = {process.groups.ep.group_name, process.groups.expt_tp.group_name}
     found = {
         kind: sum(size for key, size in sent.items() if key[0] in groups and key != load)
         for kind, groups in names.items()
     }
+    found["pipeline"] += sent.get((world.group_name, "send"), 0.0)
     return {kind: value for kind, value in found.items() if value}

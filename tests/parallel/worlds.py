@@ -56,19 +56,39 @@ def allocated(recipe: Recipe) -> dict[str, Any]:
     return {kind: sum(found.values()) for kind, found in storages.items()} | {"router": router, "named": named}
 
 
-def saved_by_one_pass(recipe: Recipe) -> int:
-    """Bytes that autograd keeps after the forward pass of one micro-batch, each storage once, parameters left out."""
+def saved_by_one_pass(recipe: Recipe) -> list[int]:
+    """Bytes that autograd keeps after the forward pass of one micro-batch through each of this rank's chunks."""
     import torch
+    from megatron.core.utils import unwrap_model
 
     from megatron_joy.model.build import build_model
     from megatron_joy.platform import process as processes
+    from tests.model.small import LENGTH
+
+    process = processes.start(recipe.layout, recipe.seed)
+    layout, rows, found = recipe.layout, recipe.train.micro_batch_size, []
+    split = layout.context_parallel_size * layout.tensor_model_parallel_size
+    packed = layout.context_parallel_size == 1
+    stream = (rows * LENGTH // split, 1) if packed else (LENGTH // split, rows)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.precision.params_dtype]
+    for chunk in build_model(recipe, process):
+        inside = unwrap_model(chunk)
+        if not inside.pre_process:  # what the stage before would send
+            inside.set_input_tensor(torch.randn(*stream, recipe.model.hidden_size, dtype=dtype, requires_grad=True))
+        found.append(_saved_by(chunk, process, recipe))
+    return found
+
+
+def _saved_by(chunk: Any, process: Any, recipe: Recipe) -> int:
+    """Each storage once, parameters left out."""
+    import torch
+    from megatron.core.utils import unwrap_model
+
     from megatron_joy.train.forward import MicroBatch, forward_step
     from tests.model.small import batch, row
 
-    process = processes.start(recipe.layout, recipe.seed)
-    (model,) = build_model(recipe, process)
     rows = batch([row([], seed) for seed in range(recipe.train.micro_batch_size)])
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    own = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
     kept: dict[int, torch.Tensor] = {}  # tensors, so that no address is used twice
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -78,8 +98,9 @@ def saved_by_one_pass(recipe: Recipe) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output, loss = forward_step(process, True, iter([MicroBatch(rows, 1.0)]), model)
-        loss(output)
+        output, loss = forward_step(process, True, iter([MicroBatch(rows, 1.0)]), chunk)
+        if unwrap_model(chunk).post_process:
+            loss(output)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
