@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,8 @@ import psutil
 
 from megatron_joy.errors import UserError, WorkError
 from megatron_joy.platform.world import WorldFailed, run_world
-from megatron_joy.prove.numbers import Papers, ParameterDifference, Routing, Step, Validation
-from megatron_joy.prove.shrink import Shrunk, one_process, shrink
+from megatron_joy.prove.numbers import Papers, ParameterDifference, Routing, Run, Step, Validation
+from megatron_joy.prove.shrink import Shrunk, in_fp32, one_process, shrink
 from megatron_joy.recipe.schema import Recipe
 
 MOST_PROCESSES, PROCESSES_PER_CORE = 16, 4
@@ -22,11 +22,16 @@ RANK_BYTES = 700 * 2**20  # of a rank of a shrunk model, what it shares with oth
 STEPS_BEFORE = 2  # in one process before the checkpoint
 # By name: the module imports torch, which only the ranks need.
 LEAD, FOLLOW = "megatron_joy.prove.runs:lead", "megatron_joy.prove.runs:follow"
+UNROUNDED = "megatron_joy.prove.runs:unrounded"
 PATIENCE = 600.0  # seconds without a step that mean a hang
 
 # Relative differences from one process that a layout may have in fp32.
 TOLERANCES = {"loss": 1e-5, "mtp_loss": 1e-5, "grad_norm": 1e-4, "validation": 1e-5, "parameters": 1e-5}
 TIE = 1e-5  # difference of router scores, which are between 0 and 1, that rounding may decide
+LOSSES = ("loss", "mtp_loss", "validation")
+# In a coarser format than fp32: how far from one process a layout may be, in distances of one process from fp32. A
+# layout that is no farther from fp32 than one process is can't be farther from that one than twice the distance.
+FORMATS = 2.0
 
 OnStep = Callable[[str, int], None]  # is told the run ("reference" or "layout") and the number of the step just done
 
@@ -52,6 +57,18 @@ class Proof:
     worst: ParameterDifference
     routing: Routing
     seconds: tuple[float, float]  # of the compared steps: in one process, in the layout
+    # In a coarser format than fp32: how far one process is from itself in fp32 (by quantity; "ties" of the routing).
+    format_cost: Mapping[str, float] | None = None
+
+    @property
+    def tolerances(self) -> dict[str, float]:
+        """What each difference, and the widest of the routing's ties, may be."""
+        cost = self.format_cost
+        if cost is None:
+            return TOLERANCES | {"ties": TIE}
+        # One number may meet fp32's by luck: the losses have the largest of theirs in common.
+        losses = max(cost[name] for name in LOSSES if name in cost)
+        return {name: FORMATS * (losses if name in LOSSES else cost[name]) for name in (*TOLERANCES, "ties")}
 
     @property
     def differences(self) -> dict[str, float]:
@@ -75,8 +92,9 @@ class Proof:
     @property
     def holds(self) -> bool:
         """Whether every difference is within its tolerance and experts get the same tokens."""
-        within = all(difference <= TOLERANCES[name] for name, difference in self.differences.items())
-        return within and self.equal_loads and self.routing.widest <= TIE
+        allowed = self.tolerances
+        within = all(difference <= allowed[name] for name, difference in self.differences.items())
+        return within and self.equal_loads and self.routing.widest <= allowed["ties"]
 
     @staticmethod
     def _column(steps: Sequence[Step], name: str) -> list[float]:
@@ -91,10 +109,11 @@ class Proof:
         return {
             "holds": self.holds,
             "differences": self.differences,
-            "tolerances": TOLERANCES,
+            "tolerances": {name: self.tolerances[name] for name in TOLERANCES},
+            "format_cost": self.format_cost,
             "worst_parameter": dataclasses.asdict(self.worst),
             "equal_expert_loads": self.equal_loads,
-            "routing": dataclasses.asdict(self.routing) | {"tie": TIE},
+            "routing": dataclasses.asdict(self.routing) | {"tie": self.tolerances["ties"]},
             "layout": self.shrunk.recipe.layout.model_dump(),
             "processes": self.shrunk.recipe.layout.world_size,
             "changes": [dataclasses.asdict(change) for change in self.shrunk.changes],
@@ -117,16 +136,18 @@ def prove(
     steps: int = 10,
     folder: Path | None = None,
     on_step: OnStep | None = None,
+    own_precision: bool = False,
 ) -> Proof:
     """The recipe's layout, shrunk for at most `processes` processes, follows one process for `steps` steps, or not.
 
+    own_precision: in the recipe's number format instead of fp32, FP8 emulated; what rounding may do is then measured.
     folder: where logs, the checkpoint and the reference's weights stay; None: nowhere. Raises UserError when the
     machine can't hold the world that was asked for, WorkError with the first failing rank's reason.
     """
     room = most_processes()
     if processes is not None and processes > room:
         raise UserError(f"joy prove: {processes} processes don't fit into this machine's memory; give --world {room}")
-    small = shrink(recipe, processes or default_processes(), STEPS_BEFORE + steps)
+    small = shrink(recipe, processes or default_processes(), STEPS_BEFORE + steps, own_precision)
     return hold_against_one_process(small, folder, on_step)
 
 
@@ -137,18 +158,31 @@ def hold_against_one_process(small: Shrunk, folder: Path | None = None, on_step:
         papers = Papers(place / "checkpoints", place / "weights.safetensors", place / "routing.safetensors")
         alone, size = one_process(small.recipe), small.recipe.layout.world_size
         (reference,) = _world("reference", place, on_step, LEAD, 1, alone, papers, STEPS_BEFORE)
+        plain = in_fp32(alone)
+        free = None
+        if plain != alone:
+            (free,) = _world("in fp32", place, on_step, UNROUNDED, 1, plain, papers, STEPS_BEFORE)
         ranks = _world("layout", place, on_step, FOLLOW, size, small.recipe, papers, STEPS_BEFORE)
-    routing = [rank.routing for rank in ranks]
+    cost = None
+    if free is not None:
+        apart = _proof(small, reference, [free])
+        cost = apart.differences | {"ties": apart.routing.widest}
+    return _proof(small, reference, ranks, cost)
+
+
+def _proof(small: Shrunk, reference: Run, ranks: Sequence[Run], cost: Mapping[str, float] | None = None) -> Proof:
+    routing, worst = [rank.routing for rank in ranks if rank.routing], [rank.worst for rank in ranks if rank.worst]
     return Proof(
         shrunk=small,
         reference=reference.steps,
         layout=ranks[0].steps,
         validation=(reference.validation, ranks[0].validation),
-        worst=max((rank.worst for rank in ranks), key=lambda worst: worst.relative),
+        worst=max(worst, key=lambda each: each.relative),
         routing=Routing(
             sum(r.decisions for r in routing), sum(r.overruled for r in routing), max(r.widest for r in routing)
         ),
         seconds=(reference.seconds, ranks[0].seconds),
+        format_cost=cost,
     )
 
 

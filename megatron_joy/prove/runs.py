@@ -106,3 +106,16 @@ def follow(recipe: Recipe, papers: Papers, before: int) -> Run:
     worst = largest_difference(papers.weights, run.trainer.chunks, run.process)
     platform.stop()
     return Run(steps, seconds, validation, worst, book.told)
+
+
+def unrounded(recipe: Recipe, papers: Papers, before: int) -> Run:
+    """One process in fp32 from the seed, with the reference's routing: how far off the reference's number format is."""
+    run = _Trained.start(recipe, recipe.seed)
+    book = RoutingFollow(recipe, run.process, run.trainer.chunks, papers.routing)
+    began = time.monotonic()
+    steps = run.train(range(1, recipe.train.steps + 1), book)[before:]
+    seconds = time.monotonic() - began
+    validation = run.validate(book)
+    worst = largest_difference(papers.weights, run.trainer.chunks, run.process)
+    platform.stop()
+    return Run(steps, seconds, validation, worst, book.told)

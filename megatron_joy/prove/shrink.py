@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_joy.recipe.derive import equal_split
 from megatron_joy.recipe.fields import value_at
+from megatron_joy.recipe.fp8_rules import FP8_WIDTHS
 from megatron_joy.recipe.schema import (
     CheckpointSection,
     LayoutSection,
@@ -70,21 +71,21 @@ TOO_MANY = "fewer processes"
 TOO_HEAVY = "too many expert weights for a small run"
 
 
-def shrink(recipe: Recipe, processes: int, steps: int) -> Shrunk:
-    """The small recipe for at most `processes` processes and a run of `steps` steps, in fp32.
+def shrink(recipe: Recipe, processes: int, steps: int, own_precision: bool = False) -> Shrunk:
+    """The small recipe for at most `processes` processes and a run of `steps` steps, in fp32 or in its own precision.
 
+    FP8 is emulated, and widths are then multiples of what its products want of a rank's matrices.
     Raises RuntimeError if the result breaks a rule of recipes (a bug here: any valid recipe can be shrunk).
     """
     layout = fit_world(recipe.layout, processes, recipe.model.num_hidden_layers)
-    small = recipe.model_copy(update={"layout": layout})
+    small = recipe.model_copy(update={"layout": layout, "precision": _precision(recipe, own_precision)})
     small = small.model_copy(update={"model": _model(small)})
     small = small.model_copy(update={"data": _data(small)})
     small = small.model_copy(update={"train": _train(small, steps), "schedule": _schedule(small, steps)})
     small = small.model_copy(update={"stages": []})
     small = small.model_copy(
         update={
-            "precision": PrecisionSection(params_dtype="fp32"),
-            "optimizer": _optimizer(small),
+            "optimizer": _optimizer(small, own_precision),
             "checkpoint": CheckpointSection(),
             "run": RunSection(folder="unused"),
         }
@@ -153,16 +154,37 @@ def _least(width: int, floor: int, step: int) -> int:
     return min(width, -(-floor // step) * step)
 
 
-def _model(recipe: Recipe) -> Any:
-    model, layout = recipe.model, recipe.layout
+def _precision(recipe: Recipe, own: bool) -> PrecisionSection:
+    precision = recipe.precision
+    if not own:
+        return PrecisionSection(params_dtype="fp32")
+    if precision.fp8.recipe == "off":
+        return precision
+    return precision.model_copy(update={"fp8": precision.fp8.model_copy(update={"emulate": True})})
+
+
+def _steps(recipe: Recipe) -> dict[str, int]:
+    """What each width must be a multiple of, so that every rank has a whole share."""
+    layout = recipe.layout
     tensor = layout.tensor_model_parallel_size
+    expert = math.lcm(tensor, layout.expert_tensor_parallel_size)
     steps = dict.fromkeys(FLOORS, 1) | {
         "num_attention_heads": tensor,
         "hidden_size": math.lcm(tensor, SPLIT),
         "intermediate_size": tensor * SPLIT,
-        "moe_intermediate_size": math.lcm(tensor, layout.expert_tensor_parallel_size) * SPLIT,
+        "moe_intermediate_size": expert * SPLIT,
         "vocab_size": tensor * SPLIT,
     }
+    if recipe.precision.fp8.recipe == "off":
+        return steps
+    group = FP8_WIDTHS[recipe.precision.fp8.recipe]
+    heads = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    split = {"hidden_size": tensor, "intermediate_size": tensor, "moe_intermediate_size": expert}
+    return steps | dict.fromkeys(heads, group) | {key: group * ranks for key, ranks in split.items()}
+
+
+def _model(recipe: Recipe) -> Any:
+    model, steps = recipe.model, _steps(recipe)
     update: dict[str, Any] = {key: _least(getattr(model, key), floor, steps[key]) for key, floor in FLOORS.items()}
     # Activations keep the size that they have at full width.
     growth = math.sqrt(model.hidden_size / update["hidden_size"])
@@ -208,14 +230,14 @@ def _train(recipe: Recipe, steps: int) -> Any:
     )
 
 
-def _optimizer(recipe: Recipe) -> Any:
-    """In fp32 as the rest, and with an epsilon above the rounding of small gradients.
+def _optimizer(recipe: Recipe, own_precision: bool) -> Any:
+    """In fp32 where the rest is, and with an epsilon above the rounding of small gradients.
 
     bf16 in Newton-Schulz makes a rounding error of the gradient one of the update's size. So does AdamW where an
     element's gradient is itself rounding (the embeddings of rare tokens, near 1e-9): it divides by its size.
     """
     changes: dict[str, Any] = {"eps": max(recipe.optimizer.eps, LEAST_EPSILON)}
-    if recipe.optimizer.name == "muon":
+    if recipe.optimizer.name == "muon" and not own_precision:
         changes["muon_dtype"] = "fp32"
     return recipe.optimizer.model_copy(update=changes)
 
@@ -241,6 +263,8 @@ COMPARED: dict[str, str] = {
     "schedule.warmup_steps": SHORT,
     "schedule.decay_steps": SHORT,
     "precision.params_dtype": SHORT,
+    "precision.fp8.recipe": SHORT,
+    "precision.fp8.emulate": SHORT,
     "optimizer.muon_dtype": SHORT,
     "optimizer.eps": SHORT,
 }
@@ -252,6 +276,14 @@ def _changes(recipe: Recipe, small: Recipe) -> list[Change]:
         for key, why in COMPARED.items()
         if value_at(recipe, key) != value_at(small, key)
     ] + ([Change("stages", [stage.name for stage in recipe.stages], [], SHORT)] if recipe.stages else [])
+
+
+def in_fp32(recipe: Recipe) -> Recipe:
+    """The same small recipe without the rounding of its number format."""
+    update: dict[str, Any] = {"precision": PrecisionSection(params_dtype="fp32")}
+    if recipe.optimizer.name == "muon":
+        update["optimizer"] = recipe.optimizer.model_copy(update={"muon_dtype": "fp32"})
+    return recipe.model_copy(update=update)
 
 
 def one_process(recipe: Recipe) -> Recipe:

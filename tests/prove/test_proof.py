@@ -27,7 +27,7 @@ def made(**other: Any) -> Proof:
     numbers = {"loss": 4.0 * (1 + 0.9e-5), "mtp_loss": 5.0 * (1 - 0.9e-5), "grad_norm": 0.5 * (1 + 0.9e-4)}
     step = {key: value for key, value in other.items() if key in Step.__dataclass_fields__}
     last = dataclasses.replace(reference[1], **numbers | step)
-    whole = {
+    whole: dict[str, Any] = {
         "shrunk": shrink(TINY, 2, 4),
         "reference": reference,
         "layout": [reference[0], last],
@@ -35,6 +35,7 @@ def made(**other: Any) -> Proof:
         "worst": ParameterDifference("decoder.x", 1e-6, 0.9e-5),
         "routing": Routing(100, 1, 0.9 * TIE),
         "seconds": (1.0, 2.0),
+        "format_cost": None,
     }
     return Proof(**whole | {key: value for key, value in other.items() if key in whole})
 
