@@ -9,6 +9,8 @@ measured by a run on 1 MB and taken off; both are printed.
                library, write shards with checksums, origins and manifests
   cleaned      the same with three cheap transforms in the path: length, Unicode normal form, language
   gigatoken    the limit: parse each line, encode it, drop the result
+  shuffled     the limit of what shuffles more than fits into memory: parse, hash, write the text, read it in another
+               order, encode, write the tokens with a checksum; no duplicates dropped, no accounts, no origins, no check
   huggingface  parse each line, encode with encode_batch_fast on one thread (on 10 MB of it)
 """
 
@@ -44,6 +46,7 @@ kind = "language"
 keep = []
 threshold = 0.0
 """
+BATCH = 1_000_000  # bytes of text encoded before their tokens are written
 START = 1.0  # megabytes of the run that start-up is measured by
 
 
@@ -95,6 +98,40 @@ def run_gigatoken(corpus: Path, tokenizer: Path, out: Path) -> int:
     return sum(len(encode(text)) for text in lines_of(corpus))
 
 
+def run_shuffled(corpus: Path, tokenizer: Path, out: Path) -> int:
+    """What a global shuffle cannot do without, in the plainest form; returns tokens."""
+    import gigatoken
+    import numpy as np
+    import xxhash
+    from blake3 import blake3
+
+    places, hashes, end = [], set(), 0
+    with open(out / "text", "wb") as stream:
+        for text in lines_of(corpus):
+            content = text.encode()
+            hashes.add(blake3(content).digest(length=16))
+            stream.write(content)
+            places.append((end, len(content)))
+            end += len(content)
+    random.Random(1).shuffle(places)
+    encode = gigatoken.Tokenizer(tokenizer / "tokenizer.json").backend.encode
+    checksum, damage, total = blake3(), xxhash.xxh3_64(), 0
+    with open(out / "text", "rb", buffering=0) as source, open(out / "tokens", "wb") as sink:
+        batch, size = [], 0
+        for number, (place, length) in enumerate(places, 1):
+            content = os.pread(source.fileno(), length, place)
+            damage.update(content)
+            batch.append(encode(content))
+            size += length
+            if size >= BATCH or number == len(places):
+                tokens = np.concatenate(batch).data.cast("B")
+                total += len(tokens) // 4
+                sink.write(tokens)
+                checksum.update(tokens)
+                batch, size = [], 0
+    return total
+
+
 def run_huggingface(corpus: Path, tokenizer: Path, out: Path) -> int:
     """Parse and encode in batches, nothing else; returns tokens."""
     from tokenizers import Tokenizer
@@ -131,7 +168,13 @@ def run_cleaned(corpus: Path, tokenizer: Path, out: Path) -> int:
     return run_ours(corpus, tokenizer, out, CHAIN)
 
 
-CONTENDERS = {"ours": run_ours, "cleaned": run_cleaned, "gigatoken": run_gigatoken, "huggingface": run_huggingface}
+CONTENDERS = {
+    "ours": run_ours,
+    "cleaned": run_cleaned,
+    "gigatoken": run_gigatoken,
+    "shuffled": run_shuffled,
+    "huggingface": run_huggingface,
+}
 
 
 def measure(contender: str, corpus: Path, tokenizer: Path, out: Path) -> Result:
