@@ -13,8 +13,8 @@ STAMP := $(VENV)/.installed
 EXTRAS ?= dev
 # A part of the tests: make test T=tests/data
 T ?= tests
-# Processes that tests are spread over, as TEST_WORKERS=2; 0: one after another, so that no test's time limits meet another
-TEST_WORKERS ?= 0
+# Processes that tests are spread over; 0: one after another, for a machine that does something else
+TEST_WORKERS ?= 2
 # More options of `joy convert to-hf`, as ARGS='--precision fp8'
 ARGS ?=
 

@@ -18,7 +18,8 @@ if os.environ.get("CI"):
 
 
 TESTS = Path(__file__).parent
-# Rooms whose tests share what takes long to make (a Slurm, unbroken runs): with several workers one takes them all.
+# Rooms whose tests share what takes long to make (a Slurm, unbroken runs): with several workers one takes them all, and
+# first, or the other would have nothing left to do beside it.
 TOGETHER = {"slurm", "train"}
 
 
@@ -28,6 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         file = item.path.relative_to(TESTS)
         room = file.parts[0]
         item.add_marker(pytest.mark.xdist_group(room if room in TOGETHER else str(file)))
+    items.sort(key=lambda item: item.path.relative_to(TESTS).parts[0] not in TOGETHER)
     wanting = [item for item in items if item.get_closest_marker("gpu")]
     if not wanting:
         return
