@@ -1,12 +1,11 @@
 """The MPI executor: rank 0 plans and hands out tasks one by one, every other rank is a worker.
 
 `mpiexec -n 9 joy data run PIPELINE.toml --executor mpi` has eight workers. A rank that is free gets the next task, so
-a slow one holds up nobody. Messages are JSON: a task, or nothing, which ends the worker. Waiting ranks sleep between
-looks for a message: MPI itself keeps a core busy meanwhile. When a rank dies MPI ends the job; the next one goes on.
+a slow one holds up nobody. Messages are JSON: a task, or nothing, which ends the worker. When a rank dies MPI ends the
+job; the next one goes on.
 """
 
 import signal
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,43 +13,21 @@ import orjson
 
 from data_pipeline.pool import Answer, raise_failure
 from data_pipeline.worker import attempt, open_engine
-from megatron_joy.errors import UserError
-
-TAG = 7
-NAP_S = 0.005
+from megatron_joy.platform import mpi
 
 
 def world() -> Any:
-    """MPI's world. Raises UserError where mpi4py or an MPI library is missing, or only one rank was started."""
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        line = str(error).splitlines()[0]
-        raise UserError(
-            f"--executor mpi: mpi4py cannot be loaded ({line}); pip install 'megatron-joy[mpi]', or mpi4py for your MPI"
-        ) from None
-    if MPI.COMM_WORLD.size < 2:
-        raise UserError(
-            "--executor mpi: one rank only, expected one that hands out tasks and others that do them; start it as "
-            "`mpiexec -n 9 joy data run PIPELINE.toml --executor mpi` (or srun)"
-        )
-    return MPI.COMM_WORLD
+    """MPI's world. Raises UserError where there is none, or only one rank was started."""
+    return mpi.world("joy data run PIPELINE.toml")
 
 
 def _send(comm: Any, rank: int, message: Any) -> None:
-    comm.Send(orjson.dumps(message), dest=rank, tag=TAG)
+    mpi.send(comm, rank, orjson.dumps(message))
 
 
 def _receive(comm: Any) -> tuple[int, Any]:
-    """The next message from any rank, and which rank that was."""
-    from mpi4py import MPI
-
-    status = MPI.Status()
-    while not comm.Iprobe(source=MPI.ANY_SOURCE, tag=TAG, status=status):
-        time.sleep(NAP_S)
-    content = bytearray(status.Get_count(MPI.BYTE))
-    comm.Recv(content, source=status.Get_source(), tag=TAG)
-    return status.Get_source(), orjson.loads(content)
+    rank, content = mpi.receive(comm)
+    return rank, orjson.loads(content)
 
 
 def serve(comm: Any, pipeline: str, overrides: Sequence[str]) -> None:

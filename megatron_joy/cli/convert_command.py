@@ -3,7 +3,8 @@
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,12 +15,16 @@ from megatron_joy.recipe import load_recipe
 
 if TYPE_CHECKING:
     from megatron_joy.convert.to_hf import Export
+    from megatron_joy.convert.workers import Crew
 
 app = typer.Typer(help="To and from Hugging Face's format. Example: joy convert to-hf runs/joyai_tiny --out hf/tiny")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 WorkersOption = Annotated[
     int | None, typer.Option("--workers", help="Processes; without it by the model's size and this machine's CPUs.")
+]
+ExecutorOption = Annotated[
+    str, typer.Option("--executor", metavar="local|mpi", help="Processes here, or the ranks that mpiexec started.")
 ]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Prove what was written.")]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -31,6 +36,28 @@ def size_in_bytes(text: str) -> int:
     if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
         raise UserError(f"--max-shard-size {text}: not a size; expected a number and a unit, as 5GB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+@contextmanager
+def _crew(executor: str, command: str) -> Iterator["Crew | None"]:
+    """What starts the workers; None on a rank that was one, and has nothing left to do."""
+    from megatron_joy.convert.workers import processes
+
+    if executor == "local":
+        yield processes
+        return
+    if executor != "mpi":
+        raise UserError(f"--executor {executor}: expected local or mpi")
+    from megatron_joy.convert import mpi_workers
+    from megatron_joy.platform.mpi import world
+
+    comm = world(command)
+    if comm.rank:
+        mpi_workers.serve(comm)
+        yield None
+        return
+    with mpi_workers.crew_of(comm) as crew:
+        yield crew
 
 
 def _notes(notes: Iterable[str]) -> None:
@@ -56,6 +83,7 @@ def to_hf_command(
         int | None, typer.Option(help="Rows of embedding and head to write; without it all, or what was imported.")
     ] = None,
     workers: WorkersOption = None,
+    executor: ExecutorOption = "local",
     verify: Verify = True,
     as_json: Json = False,
 ) -> None:
@@ -68,9 +96,13 @@ def to_hf_command(
     from megatron_joy.convert.progress import shown_phases
     from megatron_joy.convert.to_hf import to_hf
 
-    options = ExportOptions(precision, family, size_in_bytes(max_shard_size), vocab_size, tokenizer, verify, workers)
-    with shown_phases() as phases:
-        export = to_hf(checkpoint, out, options, phases)
+    with _crew(executor, "joy convert to-hf CKPT --out DIR") as crew:
+        if crew is None:
+            return
+        size = size_in_bytes(max_shard_size)
+        options = ExportOptions(precision, family, size, vocab_size, tokenizer, verify, workers)
+        with shown_phases() as phases:
+            export = to_hf(checkpoint, out, options, phases, crew)
     _notes(export.notes)
     if as_json:
         print(json.dumps(export.as_json(), indent=2))
@@ -142,6 +174,7 @@ def from_hf_command(
         str | None, typer.Option(metavar="NAME|FILE", help="What it is to be trained with; its model must be the same.")
     ] = None,
     workers: WorkersOption = None,
+    executor: ExecutorOption = "local",
     verify: Verify = True,
     as_json: Json = False,
 ) -> None:
@@ -153,9 +186,12 @@ def from_hf_command(
     from megatron_joy.convert.from_hf import from_hf
     from megatron_joy.convert.progress import shown_phases
 
-    loaded = load_recipe(recipe) if recipe is not None else None
-    with shown_phases() as phases:
-        done = from_hf(folder, out, loaded, verify, phases, workers)
+    with _crew(executor, "joy convert from-hf DIR --out CKPT") as crew:
+        if crew is None:
+            return
+        loaded = load_recipe(recipe) if recipe is not None else None
+        with shown_phases() as phases:
+            done = from_hf(folder, out, loaded, verify, phases, workers, crew=crew)
     _notes(done.notes)
     if as_json:
         print(json.dumps(done.as_json(), indent=2))

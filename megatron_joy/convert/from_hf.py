@@ -33,7 +33,7 @@ from megatron_joy.convert.import_job import (
     result_of,
 )
 from megatron_joy.convert.progress import Phases, silent
-from megatron_joy.convert.workers import Workers, workers_for
+from megatron_joy.convert.workers import Crew, processes
 from megatron_joy.errors import UserError
 from megatron_joy.recipe import Recipe, dump_recipe
 
@@ -73,6 +73,7 @@ def from_hf(
     phases: Phases = silent,
     workers: int | None = None,
     file_bytes: int = FILE_BYTES,
+    crew: Crew = processes,
 ) -> Import:
     """Writes the folder's weights as the new checkpoint `out` of step 0, in the dtype they have.
 
@@ -88,10 +89,9 @@ def from_hf(
         raise UserError(f"{out}: imported weights are of step 0; name it {out.with_name('step_00000000')}")
     job = import_job(folder, recipe, file_bytes)
     check_copies(job)
-    count = workers_for(workers, len(job.files), job.bytes)
+    staff = crew(job, partial(open_import, folder, recipe, file_bytes), workers)
     refuse_full_disk(out, int(job.bytes * _OVERHEAD))
-    opener = partial(open_import, folder, recipe, file_bytes)
-    with work_folder(out, job.identity()) as work, Workers(job, opener, count) as pool:
+    with work_folder(out, job.identity()) as work, staff as pool:
         calls = [(name, work.folder, work.record_of(name)) for name in job.files]
         _commit(job, work, pool.each("write", calls, phases("writing", job.bytes), work.keep))
         if verify:
@@ -103,7 +103,7 @@ def from_hf(
         parameters=len(job.plan.parameters),
         tensors=len(job.plan.tensors),
         bytes=job.bytes,
-        workers=count,
+        workers=pool.count,
         verified=verify,
         recipe=job.recipe.name,
         run_recipe=write_run_recipe(out, dump_recipe(recipe).encode()) if recipe is not None else None,

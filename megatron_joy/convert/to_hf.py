@@ -17,7 +17,7 @@ from megatron_joy.convert.provenance import CARD, PROVENANCE, data_read, model_c
 from megatron_joy.convert.source import TOKENIZER_FILES, TokenizerFolder, check_vocabulary, open_source, tokenizer_of
 from megatron_joy.convert.store import TensorStore
 from megatron_joy.convert.verify import Verification, verification_of, with_logits
-from megatron_joy.convert.workers import Workers, workers_for
+from megatron_joy.convert.workers import Crew, Pool, processes
 
 _SMALL_FILES = 64 << 20  # room for everything that is not a tensor
 
@@ -63,7 +63,7 @@ class _Texts:
     special: SpecialTokens
 
 
-def to_hf(path: Path, out: Path, options: ExportOptions, phases: Phases = silent) -> Export:
+def to_hf(path: Path, out: Path, options: ExportOptions, phases: Phases = silent, crew: Crew = processes) -> Export:
     """Writes the checkpoint (or a run's newest whole one) as the new folder `out`.
 
     Killed, it goes on from the files that are whole when it is called again. Raises UserError before anything is
@@ -77,14 +77,13 @@ def to_hf(path: Path, out: Path, options: ExportOptions, phases: Phases = silent
     with TensorStore(source.checkpoint) as store:
         job = export_job(source, store, options)
         texts, data = _texts(job, options), data_read(source.checkpoint)
-        workers = workers_for(options.workers, len(job.files), job.bytes)
+        pool = crew(job, partial(open_export, source.checkpoint.path, options), options.workers)
         refuse_full_disk(out, job.bytes + _SMALL_FILES)
-        opener = partial(open_export, source.checkpoint.path, options)
         with work_folder(out, job.identity(options)) as work:
-            with Workers(job, opener, workers) as pool:
-                digests = _write(job, work, pool, phases)
+            with pool as workers:
+                digests = _write(job, work, workers, phases)
                 _write_small_files(job, work.folder, options.family, texts)
-                proofs = _prove(job, work, pool, digests, phases) if options.verify else None
+                proofs = _prove(job, work, workers, digests, phases) if options.verify else None
             flat = {name: digest for of_file in digests.values() for name, digest in of_file.items()}
             if proofs is not None:
                 proofs = _compare_logits(job, work.folder, proofs, texts, phases)
@@ -100,7 +99,7 @@ def to_hf(path: Path, out: Path, options: ExportOptions, phases: Phases = silent
             files=tuple(job.files),
             tensors=len(job.plan.tensors),
             bytes=job.bytes,
-            workers=workers,
+            workers=workers.count,
             verification=proofs,
             notes=(*source.notes, *([work.note] if work.note else []), *_notes(job, texts)),
         )
@@ -115,7 +114,7 @@ def _texts(job: ExportJob, options: ExportOptions) -> _Texts:
     return _Texts(folder, folder.special_tokens(tokenizer))
 
 
-def _write(job: ExportJob, work: Work, pool: Workers, phases: Phases) -> dict[str, dict[str, str]]:
+def _write(job: ExportJob, work: Work, pool: Pool, phases: Phases) -> dict[str, dict[str, str]]:
     """The SHA-256 of each tensor, file by file."""
     calls = [(name, work.folder, work.record_of(name)) for name in job.files]
     written = pool.each("write", calls, phases("writing", job.bytes), work.keep)
@@ -125,9 +124,7 @@ def _write(job: ExportJob, work: Work, pool: Workers, phases: Phases) -> dict[st
     return dict(zip(job.files, written, strict=True))
 
 
-def _prove(
-    job: ExportJob, work: Work, pool: Workers, digests: dict[str, dict[str, str]], phases: Phases
-) -> Verification:
+def _prove(job: ExportJob, work: Work, pool: Pool, digests: dict[str, dict[str, str]], phases: Phases) -> Verification:
     calls = [(name, work.folder, digests[name]) for name in job.files]
     proofs = pool.each("verify", calls, phases("reading back", job.bytes))
     return verification_of(proofs, len(job.weight_of), job.precision)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -17,6 +17,27 @@ from megatron_joy.errors import UserError
 Opener = Callable[[], AbstractContextManager[Any]]  # can be pickled; opens the job anew in a worker
 Call = tuple[Any, ...]
 Finished = Callable[[Any, Any], None]
+
+
+class Job(Protocol):
+    """What is converted."""
+
+    files: Any  # sized: what is made of each
+
+    @property
+    def bytes(self) -> int: ...
+
+
+class Pool(Protocol):
+    """What calls methods of a job, somewhere."""
+
+    count: int
+
+    def each(self, method: str, calls: Sequence[Call], advance: Advance, finished: Finished = ...) -> list[Any]: ...
+
+
+# A job, what opens it in a worker, and how many workers were asked for. Raises UserError for a number without meaning.
+Crew = Callable[[Any, Opener, int | None], AbstractContextManager[Pool]]
 _SMALL = 2_000_000_000  # bytes below which starting a process costs more than it saves
 _MOST = 4  # without being asked for; more rarely help one disk
 
@@ -29,8 +50,13 @@ def workers_for(asked: int | None, files: int, size: int) -> int:
     return max(1, min(wanted, files))
 
 
-def _nothing(name: Any, result: Any) -> None:
-    pass
+def nothing(name: Any, result: Any) -> None:
+    """For a caller who needs no word of what is finished."""
+
+
+def processes(job: Job, opener: Opener, asked: int | None) -> "Workers":
+    """The crew of one machine."""
+    return Workers(job, opener, workers_for(asked, len(job.files), job.bytes))
 
 
 class Workers:
@@ -65,7 +91,7 @@ class Workers:
             process.join()
             connection.close()
 
-    def each(self, method: str, calls: Sequence[Call], advance: Advance, finished: Finished = _nothing) -> list[Any]:
+    def each(self, method: str, calls: Sequence[Call], advance: Advance, finished: Finished = nothing) -> list[Any]:
         """The results in the calls' order; `finished` gets each call's first argument and result when it is there.
 
         Raises the first error of any, Stopped when a worker was killed.

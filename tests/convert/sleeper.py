@@ -13,10 +13,20 @@ from megatron_joy.errors import UserError
 class Sleeper:
     """What workers are given."""
 
+    files = ("a",)
+    bytes = 1
+
     def wait(self, path: Path, advance: Any) -> None:
         """Says who it is and waits to be killed."""
         path.write_text(str(os.getpid()))
         time.sleep(60)
+
+    def nap(self, name: str, advance: Any) -> None:
+        """A moment of work, too much for b."""
+        advance(1)
+        if name == "b":
+            self.fail(name, advance)
+        time.sleep(0.5)
 
     def fail(self, name: str, advance: Any) -> None:
         """Refuses."""

@@ -15,7 +15,7 @@ OURS = {"megatron_joy", "data_pipeline", "launch"}
 # What of megatron_joy.data says nothing about tensors.
 SHARD_FORMAT = {f"data.{name}" for name in ("shards", "manifest", "order", "verify", "blend", "atomic", "checksum")}
 TORCH_FREE_DATA = (*SHARD_FORMAT, "data.provenance", "data.zstd", "data.ledger", "data.caps")
-TORCH_FREE_PLATFORM = ("platform.rank", "platform.rendezvous", "platform.stop_request")
+TORCH_FREE_PLATFORM = ("platform.mpi", "platform.rank", "platform.rendezvous", "platform.stop_request")
 FOUNDATION = {"errors", "recipe", "platform"}
 TRAINING = FOUNDATION | {"model", "parallel", "precision", "optim", "data", "checkpoint"}
 
@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "convert": FOUNDATION | {"model", "parallel", "precision", "optim", "checkpoint", "data"},
     "infer": FOUNDATION | {"model", "parallel", "precision", "checkpoint", "convert", "data"},
     "posttrain": TRAINING | {"train"},
-    "data_pipeline": {"errors", "recipe", *TORCH_FREE_DATA},
+    "data_pipeline": {"errors", "recipe", "platform.mpi", *TORCH_FREE_DATA},
     "launch": {"errors", "recipe", "parallel", "runstate", *TORCH_FREE_DATA, *TORCH_FREE_PLATFORM},
 }
 
