@@ -146,7 +146,7 @@ class Pipeline(Section):
     name: Name = Field(description="The pipeline's name, and its shard sets' in blends and reports.")
     description: str = Field("", description="What it is for, in a line.")
     seed: NonNegativeInt = Field(1234, description="Order of documents follows from it; the split does not.")
-    max_document_megabytes: PositiveFloat = Field(64.0, description="Longer records are put aside as too_large.")
+    max_document_megabytes: PositiveFloat = Field(32.0, description="Longer records are put aside as too_large.")
     sources: list[SourceSection] = Field(min_length=1, description="What is read, in order of precedence.")
     transforms: list[AnyTransform] = Field(
         default_factory=list, description="What happens to each document after reading, in order (docs/cleaning.md)."
