@@ -1,20 +1,18 @@
 """Which folders are whole checkpoints, found without torch: the newest one that holds is the one to go on from."""
 
 import fcntl
-import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_joy.checkpoint.marker import MARKER, Checkpoint, FileEntry, MarkerProblem, read_marker, step_of
+from megatron_joy.data.checksum import Progress, file_blake3
 from megatron_joy.errors import UserError
 
-CHUNK = 1 << 22
 _READERS = min(4, len(os.sched_getaffinity(0)))
-Progress = Callable[[int], None]  # is told the bytes read since the last call
 
 
 @dataclass(frozen=True)
@@ -49,26 +47,24 @@ def candidates(folder: Path) -> list[Path]:
     return [found[step] for step in sorted(found, reverse=True)]
 
 
-def sha256_of(path: Path, progress: Progress | None = None) -> str:
-    """SHA-256 of a file in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
-            if progress is not None:
-                progress(len(chunk))
-    return digest.hexdigest()
+def entry_of(path: Path) -> FileEntry:
+    """A file as it is now, for a marker."""
+    return FileEntry(path.name, path.stat().st_size, file_blake3(path))
 
 
-def file_problem(folder: Path, entry: FileEntry, full: bool, progress: Progress | None = None) -> Problem | None:
+def _silent(_: int) -> None:
+    pass
+
+
+def file_problem(folder: Path, entry: FileEntry, full: bool, progress: Progress = _silent) -> Problem | None:
     """What is wrong with a file: absent, of another size and, with `full`, of another content."""
     path = folder / entry.name
     try:
         size = path.stat().st_size
         if size != entry.bytes:
             return Problem(entry.name, f"{entry.bytes} bytes", f"{size} bytes")
-        if full and (found := sha256_of(path, progress)) != entry.sha256:
-            return Problem(entry.name, f"sha256 {entry.sha256}", f"sha256 {found}")
+        if full and (found := file_blake3(path, progress)) != entry.blake3:
+            return Problem(entry.name, f"blake3 {entry.blake3}", f"blake3 {found}")
     except FileNotFoundError:
         return Problem(entry.name, f"{entry.bytes} bytes", "no such file")
     except OSError as error:
@@ -77,7 +73,7 @@ def file_problem(folder: Path, entry: FileEntry, full: bool, progress: Progress 
 
 
 def file_problems(
-    folder: Path, entries: Iterable[FileEntry], full: bool, progress: Progress | None = None
+    folder: Path, entries: Iterable[FileEntry], full: bool, progress: Progress = _silent
 ) -> list[Problem]:
     """What is wrong with these files, several looked at at the same time."""
     with ThreadPoolExecutor(_READERS) as pool:  # hashing and reading need no interpreter
@@ -102,7 +98,7 @@ def passed_over(path: Path, problems: Sequence[Problem]) -> str:
     return f"checkpoint {path.name} is not whole and is passed over: {problems[0]}{more}"
 
 
-def examine(path: Path, full: bool, progress: Progress | None = None) -> Checkpoint | list[Problem]:
+def examine(path: Path, full: bool, progress: Progress = _silent) -> Checkpoint | list[Problem]:
     """A folder's checkpoint if it is whole, else everything that is wrong with it."""
     checkpoint = read_candidate(path)
     if isinstance(checkpoint, Problem):

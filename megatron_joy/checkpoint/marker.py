@@ -1,10 +1,9 @@
 """`COMMITTED.json`: what makes a folder a whole checkpoint, and what can be asked of one without torch.
 
-The marker is the last file written. It names every other file with size and SHA-256 and carries a digest of itself, so
+The marker is the last file written. It names every other file with size and BLAKE3 and carries a digest of itself, so
 a folder without it, or with one that doesn't hold, is no checkpoint.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -12,11 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from megatron_joy.data.atomic import write_atomically
 
 MARKER = "COMMITTED.json"
 RECIPE = "recipe.toml"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 # A checkpoint, or one that another of the same step is about to replace (`save`): it counts until the other is there.
 _FOLDER_NAME = re.compile(r"step_(\d{8,})|\.step_(\d{8,})\.replaced")
@@ -29,11 +30,11 @@ class MarkerProblem(ValueError):
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of a checkpoint: its name in the folder, its size, its SHA-256 in hexadecimal."""
+    """One file of a checkpoint: its name in the folder, its size, its BLAKE3 in hexadecimal."""
 
     name: str
     bytes: int
-    sha256: str
+    blake3: str
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def step_of(name: str) -> int | None:
 
 
 def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    return blake3(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def write_marker(folder: Path, marker: Marker) -> None:

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from megatron_joy.checkpoint.boxes import Index, LazyBoxes
 from megatron_joy.checkpoint.contents import MASTER, OPTIMIZER_PREFIX, megatron_object
-from megatron_joy.checkpoint.find import being_read, candidates, open_checkpoint, read_candidate, sha256_of
+from megatron_joy.checkpoint.find import being_read, candidates, open_checkpoint, read_candidate
 from megatron_joy.checkpoint.marker import MARKER, Checkpoint, folder_name, step_of
 from megatron_joy.checkpoint.save import seal
 from megatron_joy.checkpoint.storage import Reader
 from megatron_joy.checkpoint.work_folder import refuse_existing, refuse_full_disk, work_folder, write_run_recipe
 from megatron_joy.checkpoint.writing import write_alone
+from megatron_joy.data.checksum import file_blake3
 from megatron_joy.errors import UserError
 from megatron_joy.recipe.schema import LayoutSection
 
@@ -146,7 +147,7 @@ def _mean(
 def _provenance(folder: Path, sources: Sequence[Checkpoint]) -> dict[str, Any]:
     """Where the weights are from, in the place where `joy convert from-hf` says so too."""
     merged = [
-        {"step": source.step, "attempt": source.marker.attempt, "marker_sha256": sha256_of(source.path / MARKER)}
+        {"step": source.step, "attempt": source.marker.attempt, "marker_blake3": file_blake3(source.path / MARKER)}
         for source in sources
     ]
     known = sources[-1].state.get("imported") or {}  # an import's own count of its vocabulary holds for the mean too

@@ -5,7 +5,6 @@ the same beside training.
 """
 
 import hashlib
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from megatron_joy.checkpoint.contents import (
     weight_boxes,
     write_megatron_config,
 )
-from megatron_joy.checkpoint.find import latest, sha256_of
+from megatron_joy.checkpoint.find import entry_of, latest
 from megatron_joy.checkpoint.marker import (
     RECIPE,
     FileEntry,
@@ -38,6 +37,7 @@ from megatron_joy.checkpoint.marker import (
 )
 from megatron_joy.checkpoint.together import RanksFailed, each, to_first, together
 from megatron_joy.checkpoint.writing import Plan, Tensors, Written, agree, write_index, write_tensors
+from megatron_joy.data.atomic import sync
 from megatron_joy.errors import WorkError
 from megatron_joy.platform.process import Process
 from megatron_joy.recipe import Recipe, dump_recipe
@@ -164,24 +164,11 @@ def seal(folder: Path, files: Sequence[FileEntry], recipe: bytes, **told: Any) -
             "torch": torch.__version__,
         },
         recipe_sha256=hashlib.sha256(recipe).hexdigest(),
-        files=tuple(sorted([*files, *map(_entry, small)], key=lambda entry: entry.name)),
+        files=tuple(sorted([*files, *map(entry_of, small)], key=lambda entry: entry.name)),
         **told,
     )
     write_marker(folder, marker)
     sync(folder)
-
-
-def _entry(path: Path) -> FileEntry:
-    return FileEntry(path.name, path.stat().st_size, sha256_of(path))
-
-
-def sync(path: Path) -> None:
-    """Waits until a file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _put_in_place(save: Save) -> None:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_joy.checkpoint.find import Problem, Progress, candidates, examine, read_candidate
+from megatron_joy.checkpoint.find import Problem, candidates, examine, read_candidate
 from megatron_joy.checkpoint.marker import Checkpoint
+from megatron_joy.data.checksum import Progress
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,15 @@ class Verdict:
         return not self.problems
 
 
-def judge(path: Path, full: bool, progress: Progress | None = None) -> Verdict:
-    """Looks at a folder: marker and sizes and, with `full`, every file's SHA-256."""
+def judge(path: Path, full: bool, progress: Progress = lambda _: None) -> Verdict:
+    """Looks at a folder: marker and sizes and, with `full`, every file's BLAKE3."""
     found = examine(path, full, progress)
     marked = read_candidate(path)
     checkpoint = marked if isinstance(marked, Checkpoint) else None
     return Verdict(path, checkpoint, () if isinstance(found, Checkpoint) else tuple(found))
 
 
-def verdicts(folder: Path, full: bool, progress: Progress | None = None) -> list[Verdict]:
+def verdicts(folder: Path, full: bool, progress: Progress = lambda _: None) -> list[Verdict]:
     """`judge` for all of a run's `checkpoints`, newest first."""
     return [judge(path, full, progress) for path in candidates(folder)]
 

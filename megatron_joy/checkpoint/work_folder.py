@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_joy.checkpoint.marker import RECIPE
-from megatron_joy.data.atomic import write_atomically
+from megatron_joy.data.atomic import sync, write_atomically
 from megatron_joy.errors import UserError, WorkError
 
 CHECKPOINTS = "checkpoints"  # a run's folder of them
@@ -88,9 +88,9 @@ def work_folder(out: Path, identity: Mapping[str, Any]) -> Iterator[Work]:
                 work = _begin(place, identity)
                 yield work
                 for path in [*work.folder.iterdir(), work.folder]:
-                    _sync(path)
+                    sync(path)
                 os.replace(work.folder, out)
-                _sync(out.absolute().parent)
+                sync(out.absolute().parent)
                 shutil.rmtree(place, ignore_errors=True)
             except Stopped:
                 raise
@@ -129,14 +129,6 @@ def _locked(path: Path, out: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"{out}: another process is writing it; wait for it or name another folder") from None
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -23,7 +23,6 @@ from megatron_joy.checkpoint.boxes import Boxes
 from megatron_joy.checkpoint.marker import FileEntry
 from megatron_joy.checkpoint.storage import SavePlanner, Writer
 from megatron_joy.checkpoint.together import from_first, to_first
-from megatron_joy.data.atomic import EarlyWriteback
 
 Tensors = dict[str, Any]  # key -> Boxes, or the bytes of an object
 
@@ -108,7 +107,6 @@ def write_streamed(folder: Path, name: str, plan: SavePlan, planner: SavePlanner
     places = []
     try:
         with writer.fs.create_stream(folder / name, "wb") as stream:
-            begin_writeback = EarlyWriteback(stream.fileno())
             for item in plan.items:
                 start, data = stream.tell(), planner.resolve_data(item)
                 if isinstance(data, io.BytesIO):
@@ -116,7 +114,6 @@ def write_streamed(folder: Path, name: str, plan: SavePlan, planner: SavePlanner
                 else:
                     torch.save(data, cast(IO[bytes], stream))
                 length = stream.tell() - start
-                begin_writeback(length)
                 places.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
             stream.flush()
             os.fsync(stream.fileno())

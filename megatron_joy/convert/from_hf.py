@@ -12,7 +12,7 @@ import orjson
 import torch
 
 import megatron_joy
-from megatron_joy.checkpoint.find import sha256_of
+from megatron_joy.checkpoint.find import entry_of
 from megatron_joy.checkpoint.marker import RECIPE, FileEntry, Marker, step_of, write_marker
 from megatron_joy.checkpoint.storage import Writer
 from megatron_joy.checkpoint.work_folder import (
@@ -121,8 +121,8 @@ def _commit(job: ImportJob, work: Work, records: list[dict[str, Any]]) -> None:
     (work.folder / RECIPE).write_bytes(text)
     (work.folder / METADATA).write_bytes(orjson.dumps(_MEGATRON_METADATA))
     small = [work.folder / RECIPE, work.folder / METADATA]
-    entries = [FileEntry(path.name, path.stat().st_size, sha256_of(path)) for path in small]
-    entries += [FileEntry(n, r["bytes"], r["sha256"]) for n, r in zip(job.files, records, strict=True)]
+    entries = list(map(entry_of, small))
+    entries += [FileEntry(n, r["bytes"], r["blake3"]) for n, r in zip(job.files, records, strict=True)]
     marker = Marker(
         step=0,
         attempt=0,

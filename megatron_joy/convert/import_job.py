@@ -112,13 +112,13 @@ class ImportJob:
         return self.folder.rows(part.tensor.name, part.row, part.size[axis]).view(part.size).to(dtype)
 
     def write(self, file: str, folder: Path, earlier: dict[str, Any] | None, advance: Advance) -> dict[str, Any]:
-        """Makes a file; returns its size, its SHA-256 and what it holds where, as JSON.
+        """Makes a file; returns its size, its BLAKE3 and what it holds where, as JSON.
 
         earlier: what an earlier start returned for the file; it is kept when it still holds.
         """
         if (
             earlier is not None
-            and file_problem(folder, FileEntry(file, earlier["bytes"], earlier["sha256"]), True) is None
+            and file_problem(folder, FileEntry(file, earlier["bytes"], earlier["blake3"]), True) is None
         ):
             advance(earlier["bytes"])
             return earlier
@@ -126,7 +126,7 @@ class ImportJob:
         written = write_streamed(folder, file, planner.finish_plan(plan), planner)
         (entry,) = written.files
         results = [_as_json(result) for result in written.places]
-        return {"bytes": entry.bytes, "sha256": entry.sha256, "results": results}
+        return {"bytes": entry.bytes, "blake3": entry.blake3, "results": results}
 
     def metadata(self) -> Metadata:
         """The checkpoint's index, without the places."""

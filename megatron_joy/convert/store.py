@@ -230,14 +230,21 @@ def _open_archive(window: _Window) -> tuple[_View, int]:
     """What tensor an archive has and the byte, from the archive's first, at which its storage begins."""
     with zipfile.ZipFile(window) as archive:
         (description,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-        view = _DescriptionUnpickler(io.BytesIO(archive.read(description))).load()
+        entry = archive.getinfo(description)
+        window.seek(_first_byte(window, entry))
+        view = _DescriptionUnpickler(io.BytesIO(window.read(entry.file_size))).load()
         if not isinstance(view, _View):
             raise ValueError("it does not describe a tensor")
-        entry = archive.getinfo(f"{description.removesuffix('data.pkl')}data/{view.storage}")
-        if entry.compress_type != zipfile.ZIP_STORED:
-            raise ValueError("it is compressed")
+        storage = archive.getinfo(f"{description.removesuffix('data.pkl')}data/{view.storage}")
+    return view, _first_byte(window, storage)
+
+
+def _first_byte(window: _Window, entry: zipfile.ZipInfo) -> int:
+    """Where an entry's content begins. Archives of a checkpoint have no CRC-32 (`storage.HashingFileSystem`)."""
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise ValueError("it is compressed")
     window.seek(entry.header_offset)
     mark, *_, name_length, extra_length = _LOCAL_HEADER.unpack(window.read(_LOCAL_HEADER.size))
     if mark != _LOCAL_MARK:
         raise ValueError("its directory points to no entry")
-    return view, entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+    return entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length

@@ -18,11 +18,16 @@ def partial_path(path: Path) -> Path:
 def commit_partial(partial: Path, path: Path) -> None:
     """Rename a whole, synced file into place. The rename itself survives a power cut: the folder is synced too."""
     os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 class EarlyWriteback:

@@ -56,8 +56,8 @@ def test_verify_names_the_file_what_was_expected_and_what_was_found_and_exits_1(
     assert main(["checkpoint", "list", str(run)]) == 0  # sizes are right
     assert main(["checkpoint", "verify", str(run)]) == 1
     out, err = capsys.readouterr()
-    (line,) = [line for line in out.splitlines() if line.startswith("step_00000002: __1_0.distcp: expected sha256 ")]
-    assert "found sha256 " in line
+    (line,) = [line for line in out.splitlines() if line.startswith("step_00000002: __1_0.distcp: expected blake3 ")]
+    assert "found blake3 " in line
     assert err.splitlines()[-1].startswith("error: 1 of 3 checkpoints")
 
 

@@ -44,7 +44,7 @@ def _altered_marker(path: Path) -> None:
 
 
 def _newer_format(path: Path) -> None:
-    (path / MARKER).write_text((path / MARKER).read_text().replace('"format_version": 1', '"format_version": 9'))
+    (path / MARKER).write_text((path / MARKER).read_text().replace('"format_version": 2', '"format_version": 9'))
 
 
 def _other_name(path: Path) -> None:
@@ -54,11 +54,11 @@ def _other_name(path: Path) -> None:
 TEARS: dict[Callable[[Path], None], tuple[str, str]] = {
     _remove: ("__1_0.distcp", "no such file"),
     _truncate: ("__1_0.distcp", "expected 1400 bytes, found 1399 bytes"),
-    _flip: ("__1_0.distcp", "expected sha256"),
+    _flip: ("__1_0.distcp", "expected blake3"),
     _no_marker: (MARKER, "the save was not finished"),
     _half_marker: (MARKER, "can't be read"),
     _altered_marker: (MARKER, "digest"),
-    _newer_format: (MARKER, "format_version 9, expected 1"),
+    _newer_format: (MARKER, "format_version 9, expected 2"),
     _other_name: (MARKER, "step 3"),
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 
 from megatron_joy.checkpoint.find import open_checkpoint
 from megatron_joy.checkpoint.marker import Checkpoint, FileEntry, write_marker
@@ -34,7 +35,7 @@ class _Evil:
 def _with_index(checkpoint: Checkpoint, content: bytes) -> Checkpoint:
     """The checkpoint with another index, committed as if it were its own."""
     (checkpoint.path / INDEX).write_bytes(content)
-    entry = FileEntry(INDEX, len(content), hashlib.sha256(content).hexdigest())
+    entry = FileEntry(INDEX, len(content), blake3(content).hexdigest())
     files = tuple(entry if old.name == INDEX else old for old in checkpoint.marker.files)
     write_marker(checkpoint.path, replace(checkpoint.marker, files=files))
     return open_checkpoint(checkpoint.path, full=True)
@@ -50,7 +51,7 @@ def test_a_call_hidden_in_the_index_is_not_made(checkpoint: Checkpoint, tmp_path
 def test_an_index_that_is_not_the_committed_one_is_not_even_opened(checkpoint: Checkpoint) -> None:
     content = (checkpoint.path / INDEX).read_bytes()
     (checkpoint.path / INDEX).write_bytes(content[:-1] + b"x")
-    with pytest.raises(WorkError, match=r"\.metadata: expected sha256"):
+    with pytest.raises(WorkError, match=r"\.metadata: expected blake3"):
         read_index(checkpoint)
 
 

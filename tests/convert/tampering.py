@@ -8,16 +8,15 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_joy.checkpoint.find import sha256_of
-from megatron_joy.checkpoint.marker import FileEntry, read_marker, write_marker
+from megatron_joy.checkpoint.find import entry_of
+from megatron_joy.checkpoint.marker import read_marker, write_marker
 
 
 def recommit(checkpoint: Path, name: str, edit: Callable[[str], str]) -> None:
     """Edits a text file of a checkpoint and commits it as if it had been written so."""
     path, marker = checkpoint / name, read_marker(checkpoint)
     path.write_text(edit(path.read_text()))
-    changed = FileEntry(name, path.stat().st_size, sha256_of(path))
-    files = tuple(changed if entry.name == name else entry for entry in marker.files)
+    files = tuple(entry_of(path) if entry.name == name else entry for entry in marker.files)
     write_marker(checkpoint, type(marker)(**vars(marker) | {"files": files}))
 
 

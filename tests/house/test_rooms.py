@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "data": {"errors", "recipe"},
     "model": FOUNDATION | {"precision"},
     "optim": FOUNDATION | {"model", "parallel.kinds", "parallel.placement"},
-    "checkpoint": FOUNDATION | {"model", "optim", "data.atomic"},
+    "checkpoint": FOUNDATION | {"model", "optim", "data.atomic", "data.checksum"},
     "parallel": {"errors", "recipe"},
     "report": {"errors", "recipe", "data"},
     "train": TRAINING | {"report", "runstate"},
