@@ -64,7 +64,7 @@ def test_an_archive_that_names_a_function_is_refused_unread(reference: Reference
     copy = shutil.copytree(reference.checkpoint, tmp_path / "step_00000007")
     (data,) = copy.glob("*.distcp")
     content = data.read_bytes()
-    # The same length, so that every archive stays where it is. An archive has no checksum: the unpickler refuses by itself.
+    # The same length, so that every archive stays where it is. It has no checksum: the unpickler refuses by itself.
     data.write_bytes(content.replace(b"ctorch._utils\n_rebuild_tensor_v2\n", b"cos\nsystem\n" + b"0" * 22))
     assert data.read_bytes() != content
     with TensorStore(open_checkpoint(copy)) as store, pytest.raises(WorkError, match=r"can't be read: .*os\.system"):

@@ -1,5 +1,6 @@
 """A process that was stopped and given up says where it was and ends, whatever else listens to signals in it."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -27,8 +28,9 @@ def test_a_stopped_rank_that_was_given_up_gives_its_stack_and_ends(tmp_path: Pat
     log = tmp_path / "rank_0.log"
     rank = subprocess.Popen([sys.executable, "-c", RANK, str(log)], stdout=subprocess.PIPE, text=True)
     assert rank.stdout is not None and rank.stdout.readline() == "ready\n"
-    rank.send_signal(SIGNAL)
     rank.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, rank.pid, os.WSTOPPED)  # a signal that came before would be cut short in its writing
+    rank.send_signal(SIGNAL)
     rank.send_signal(LAST_SIGNAL)
     rank.send_signal(signal.SIGCONT)
     assert rank.wait(timeout=30) == -LAST_SIGNAL
