@@ -230,15 +230,15 @@ def cluster_findings(machine: Machine) -> Iterator[Finding]:
     """Slurm and MPI: needed only where they start the ranks."""
     del machine
     slurm = first_line(["sbatch", "--version"])
-    advice = "only on a cluster, where srun can start `joy pretrain`; there is no `joy launch slurm` yet"
+    advice = "only on a cluster, for `joy launch slurm` and `joy data run --executor slurm`"
     yield Finding(
         "cluster", "Slurm", "ok" if slurm else "missing", slurm or "no sbatch", False, "" if slurm else advice
     )
     binding = version_of("mpi4py")
     command = shutil.which("mpiexec") or shutil.which("mpirun")
     whole = binding is not None and command is not None
-    found = f"mpi4py {binding or 'none'}, {command or 'no mpiexec'}"
-    advice = "" if whole else "only where mpiexec starts `joy pretrain`: pip install -e '.[mpi]'"
+    found = f"mpi4py {binding or 'none'}, {command or 'no mpiexec in PATH'}"
+    advice = "" if whole else "only for launching by MPI: pip install -e '.[mpi]', with its bin folder in PATH"
     yield Finding("cluster", "MPI", "ok" if whole else "missing", found, False, advice)
 
 

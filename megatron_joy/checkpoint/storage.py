@@ -97,7 +97,7 @@ class HashingFileSystem(FileSystem):
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
         """A stream that is written from start to end.
 
-        Archives in it carry no CRC-32, which costs half as much as all else: the file's own checksum covers them.
+        Archives in it carry no CRC-32, which would be a second pass over each byte: the file's checksum covers them.
         """
         name = Path(path).name
         try:
