@@ -3,7 +3,6 @@
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from launch.reasons import FOLDER_VARIABLE, VARIABLE, Reason, Reasons
 from megatron_joy.data.caps import check_epochs
 from megatron_joy.data.manifest import load_manifest
 from megatron_joy.errors import HopelessError, UserError, WorkError
+from megatron_joy.platform.rendezvous import free_port
 from megatron_joy.recipe import Recipe, check_run_folder
 from megatron_joy.runstate import FENCE_VARIABLE
 from megatron_joy.runstate.lease import refuse_if_held
@@ -66,13 +66,6 @@ def rank_environment(recipe: Recipe, rank: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": str(threads),
     }
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

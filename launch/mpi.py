@@ -25,7 +25,7 @@ from launch import local
 from launch.local import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USER_MISTAKE, SIGNAL_HINTS
 from launch.reasons import MARKED, VARIABLE, Reason, marked_reason
 from megatron_joy.errors import UserError, WorkError
-from megatron_joy.platform.rendezvous import LOOPBACK, first_host, given_port, look_up
+from megatron_joy.platform.rendezvous import LOOPBACK, first_host, free_port, given_port, look_up
 from megatron_joy.recipe import Recipe
 
 Dialect = Literal["hydra", "openmpi", "srun"]
@@ -257,7 +257,7 @@ def run(words: Sequence[str], dialect: Dialect) -> tuple[int, Starter]:
 def prepared(recipe: Recipe, ranks: Sequence[str], mpi: Mpi) -> tuple[list[str], Dialect]:
     """The command that starts the world; its port is MASTER_PORT if that is set, else a free one of this machine."""
     starter, dialect = find_starter(mpi)
-    place = meeting_place(mpi, os.environ), given_port(os.environ) or local.free_port()
+    place = meeting_place(mpi, os.environ), given_port(os.environ) or free_port()
     return command(recipe, ranks, starter, dialect, mpi, place), dialect
 
 

@@ -21,13 +21,13 @@ from launch.policy import EXIT_STOPPED, Ended
 from launch.reasons import FOLDER_VARIABLE, Reason, reasons_in
 from launch.stacks import Stack
 from megatron_joy.errors import UserError, WorkError
+from megatron_joy.platform.rendezvous import FIRST_PORT, PORTS, is_free
 from megatron_joy.runstate import FENCE_VARIABLE, launch_folder
 
 COMMAND_SECONDS = 60
 PROBE_SECONDS = 60
 PROBES = 16  # at a time
 GRACE_SECONDS = 20.0  # between the first failed rank and killing the others
-FIRST_PORT, PORTS = 20_000, 10_000
 # What srun says when a task ends badly: node, tasks, how.
 TASK_ENDED = re.compile(r"^srun: error: (?P<node>[\w.-]+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)$")
 NODE_FAILED = re.compile(r"^srun: error: (?:Node failure on|Nodes) (?P<node>[\w.-]+)")
@@ -67,13 +67,8 @@ def port_for(job: int, fence: int, address: str) -> int:
     """A port that other jobs and attempts hardly share and that is free, where that can be seen from here."""
     for attempt in range(20):
         port = FIRST_PORT + (job * 37 + fence + attempt * 1009) % PORTS
-        with socket.socket() as probe:
-            try:
-                probe.bind((address, port))
-            except OSError as error:
-                if error.errno in (98,):  # EADDRINUSE
-                    continue
-        return port
+        if is_free(address, port):
+            return port
     raise WorkError(f"no port of {FIRST_PORT} to {FIRST_PORT + PORTS} is free on {address}")
 
 

@@ -1,6 +1,8 @@
 """Where the ranks of a world meet: address and port of rank 0's store, from the launcher's environment; no torch."""
 
+import errno
 import os
+import random
 import re
 import shutil
 import socket
@@ -8,7 +10,7 @@ import subprocess
 import zlib
 from collections.abc import Mapping
 
-from megatron_joy.errors import UserError
+from megatron_joy.errors import UserError, WorkError
 from megatron_joy.platform.rank import RankInfo
 
 LOOPBACK = "127.0.0.1"
@@ -62,6 +64,28 @@ def _port(info: RankInfo, env: Mapping[str, str]) -> int:
             "`joy launch`, or pass a free port of rank 0's node to all ranks, as MASTER_PORT=29500"
         )
     return FIRST_PORT + zlib.crc32(name.encode()) % PORTS
+
+
+def is_free(address: str, port: int) -> bool:
+    """Whether nobody listens there; True where that can't be seen from here, as of another node's address."""
+    with socket.socket() as probe:
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            return error.errno != errno.EADDRINUSE
+    return True
+
+
+def free_port() -> int:
+    """A port of loopback that is free and stays so until the world meets there.
+
+    None that Linux picks (bind to port 0): between the look and the meeting, any connection of any process on the
+    machine may be given the same. From below that range by chance, of the system and not of a seed that others share.
+    """
+    for port in random.SystemRandom().sample(range(FIRST_PORT, FIRST_PORT + PORTS), 100):
+        if is_free(LOOPBACK, port):
+            return port
+    raise WorkError(f"{LOOPBACK}: none of 100 ports of {FIRST_PORT} to {FIRST_PORT + PORTS} is free")
 
 
 def first_host(nodes: str) -> str:

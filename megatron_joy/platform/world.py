@@ -12,7 +12,6 @@ import importlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_joy.errors import UserError, WorkError
+from megatron_joy.platform.rendezvous import free_port
 
 PRELOADED = ["torch", "megatron_joy.platform.process", "megatron_joy.train.step"]
 START_PATIENCE = 120.0  # seconds for a forked rank to import what its function needs
@@ -91,12 +91,6 @@ def tell(value: Any) -> None:
     """Hands a value from a rank to the `on_message` of its world; it also says that the rank isn't hanging."""
     if _to_parent is not None:
         _to_parent.send(_Message(value))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _prepare(rank: int, world_size: int, port: int, log: str, environment: dict[str, str]) -> None:
@@ -238,7 +232,7 @@ def run_world(
     """
     warm_up()
     with tempfile.TemporaryDirectory() as scratch:
-        folder, port = log_folder or Path(scratch), _free_port()
+        folder, port = log_folder or Path(scratch), free_port()
         folder.mkdir(parents=True, exist_ok=True)
         ranks: list[_Rank] = []
         try:

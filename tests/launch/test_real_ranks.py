@@ -16,6 +16,7 @@ import pytest
 from launch import local
 from megatron_joy.cli.main import main
 from megatron_joy.errors import WorkError
+from megatron_joy.platform.rendezvous import free_port
 from megatron_joy.recipe import load_recipe
 from megatron_joy.report.status import read_status
 from tests.train.minuscule import EP2, make_home, numbers, read_lines, train
@@ -58,7 +59,7 @@ def test_rendered_commands_run_as_they_are(home: Path, tmp_path: Path, reference
     assert not (tmp_path / "run").exists()
     words = shlex.split(rendered[1])
     assert {"RANK=1", "WORLD_SIZE=2", "LOCAL_RANK=1", "MASTER_ADDR=127.0.0.1", "OMP_NUM_THREADS=1"} <= set(words)
-    port = f"MASTER_PORT={local.free_port()}"  # the rendered one may be taken where tests run
+    port = f"MASTER_PORT={free_port()}"  # the rendered one may be taken where tests run
     first, second = (re.sub(r"MASTER_PORT=\d+", port, line) for line in rendered)
     # By number: `wait -n` knows nothing of a job that has ended before it is called.
     script = f"{first} & one=$!; {second} & two=$!; wait $one && wait $two"

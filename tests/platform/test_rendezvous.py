@@ -1,5 +1,7 @@
 """Ranks meet where their launcher's environment says, and a place that can't be known is an error, not a guess."""
 
+import random
+import socket
 import subprocess
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 from megatron_joy.errors import UserError
 from megatron_joy.platform import rendezvous as meeting
 from megatron_joy.platform.rank import rank_info
-from megatron_joy.platform.rendezvous import first_host, rendezvous
+from megatron_joy.platform.rendezvous import FIRST_PORT, PORTS, first_host, free_port, rendezvous
 from tests.platform.test_rank import RECORDED
 
 
@@ -100,3 +102,16 @@ def test_mpi_over_nodes_without_an_address_and_without_a_port_is_refused() -> No
         meet("mpich")
     with pytest.raises(UserError, match="MASTER_PORT = '70000' is no port"):
         meet("mpich", MASTER_PORT="70000")
+
+
+def test_a_free_port_is_none_that_linux_gives_away_or_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    random.seed(1)
+    first = free_port()
+    random.seed(1)
+    assert free_port() != first  # two launchers that were seeded alike don't choose alike
+    assert FIRST_PORT <= first < FIRST_PORT + PORTS < 32_768
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", first))
+        monkeypatch.setattr(meeting, "FIRST_PORT", first)
+        monkeypatch.setattr(meeting, "PORTS", 100)
+        assert first not in {free_port() for _ in range(500)}
