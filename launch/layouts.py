@@ -1,7 +1,8 @@
 """Layouts of a recipe for a number of GPUs, best first: those that fit, by the time of an update.
 
-Searched: TP, PP, CP, EP and recomputation, with the recipe's micro-batches and ETP 1 (splitting an expert's matrices
-makes small products smaller). A layout may change in mid-course, so each sequence length of a run has a ranking.
+Searched: TP, PP, VPP, CP, EP and recomputation, with the recipe's micro-batches and ETP 1 (splitting an expert's
+matrices makes small products smaller). A layout may change in mid-course, so each sequence length of a run has a
+ranking.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,13 @@ from megatron_joy.recipe import Recipe
 from megatron_joy.recipe.derive import nearest_split
 from megatron_joy.recipe.schema import LayoutSection
 
-DEGREES = {"tp": (1, 2, 4, 8), "pp": (1, 2, 4, 8, 16), "cp": (1, 2, 4, 8, 16), "ep": (1, 2, 4, 8, 16, 32, 64)}
+DEGREES = {
+    "tp": (1, 2, 4, 8),
+    "pp": (1, 2, 4, 8, 16),
+    "vpp": (1, 2, 4),
+    "cp": (1, 2, 4, 8, 16),
+    "ep": (1, 2, 4, 8, 16, 32, 64),
+}
 CONTEXT = 4096  # tokens of a row that a rank has at least: splitting shorter ones only adds communication
 RECOMPUTE = ("none", "selective", "full")
 
@@ -39,6 +46,7 @@ class Ranked:
         return {
             "tensor": layout.tensor_model_parallel_size,
             "pipeline": layout.pipeline_model_parallel_size,
+            "virtual_pipeline": layout.virtual_pipeline_model_parallel_size,
             "context": layout.context_parallel_size,
             "expert": layout.expert_model_parallel_size,
             "data": layout.data_parallel_size,
@@ -54,24 +62,27 @@ class Ranked:
 def candidates(recipe: Recipe, gpus: int) -> Iterator[Recipe]:
     """Layouts that the model and the batch allow (as `recipe.validate` has it)."""
     model, batch = recipe.model, recipe.train.global_batch_size
-    for tp, pp, cp, ep in product(*DEGREES.values()):
+    for tp, pp, vpp, cp, ep in product(*DEGREES.values()):
         copies, left = divmod(gpus, tp * pp * cp)
         if cp > max(1, recipe.data.sequence_length // CONTEXT) or ep * pp > gpus:
             continue
-        if left or gpus % (ep * pp) or model.n_routed_experts % ep or pp > model.num_hidden_layers:
+        if left or gpus % (ep * pp) or model.n_routed_experts % ep or pp * vpp > model.num_hidden_layers:
             continue
         if any(width % tp for width in (model.num_attention_heads, model.vocab_size, model.intermediate_size)):
             continue
         rows = recipe.train.micro_batch_size * copies
+        if vpp > 1 and (pp == 1 or batch // rows % pp):  # interleaved chunks take micro-batches by PP at a time
+            continue
         if batch % rows or recipe.data.sequence_length % (2 * cp * tp if cp > 1 else tp):
             continue
         layout = LayoutSection(
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vpp,
             context_parallel_size=cp,
             expert_model_parallel_size=ep,
             data_parallel_size=copies,
-            pipeline_layer_counts=nearest_split(model.num_hidden_layers, pp),
+            pipeline_layer_counts=nearest_split(model.num_hidden_layers, pp * vpp),
         )
         yield recipe.model_copy(update={"layout": layout})
 

@@ -52,8 +52,9 @@ def _seconds(plan: dict[str, Any]) -> Table:
 
 
 def _layouts(plan: dict[str, Any]) -> Table:
-    columns = ("sequence", "TP", "PP", "CP", "EP", "DP", "recompute", "GiB", "seconds", "tokens/s a GPU", "MFU")
+    columns = ("sequence", "TP", "PP", "VPP", "CP", "EP", "DP", "recompute", "GiB", "seconds", "tokens/s a GPU", "MFU")
     table = _table(f"layouts for {plan['run']['gpus']} GPUs that fit, best first", columns)
+    degrees = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "data", "recompute")
     before = None
     for row in plan["layouts"]:
         if before not in (None, row["sequence_length"]):
@@ -61,7 +62,7 @@ def _layouts(plan: dict[str, Any]) -> Table:
         before = row["sequence_length"]
         table.add_row(
             str(before),
-            *(str(row[kind]) for kind in ("tensor", "pipeline", "context", "expert", "data", "recompute")),
+            *(str(row[kind]) for kind in degrees),
             f"{row['memory'] / GIB:.1f}",
             f"{row['step_seconds']:.2f}",
             f"{row['tokens_per_second_per_gpu']:,.0f}",

@@ -9,7 +9,7 @@ from launch.plan import forms
 from megatron_joy.cli.main import main
 from megatron_joy.errors import UserError
 from megatron_joy.parallel.gpus import GPUS
-from megatron_joy.parallel.steptime import Assumptions
+from megatron_joy.parallel.steptime import Assumptions, step_time
 from megatron_joy.recipe import load_recipe
 from megatron_joy.recipe.derive import derive
 from megatron_joy.recipe.validate import validate
@@ -24,6 +24,19 @@ def test_every_candidate_is_a_valid_recipe() -> None:
         for each in found[:: max(1, len(found) // 12)]:
             assert each.layout.world_size == 64
             assert validate(derive(each.model_copy(update={"stages": []})), {}) == []
+
+
+def test_interleaved_pipelines_are_searched_and_wait_less_at_an_updates_ends() -> None:
+    found = list(candidates(forms(load_recipe("joyai_48b_a3b"))[0], 128))
+    bubbles = {}
+    for each in found:
+        layout = each.layout
+        if (layout.tensor_model_parallel_size, layout.context_parallel_size) == (1, 1):
+            key = (layout.pipeline_model_parallel_size, layout.expert_model_parallel_size)
+            time = step_time(each, H100, Assumptions())
+            bubbles[*key, layout.virtual_pipeline_model_parallel_size] = time.bubble
+    assert all(virtual == 1 for pipeline, _, virtual in bubbles if pipeline == 1)
+    assert bubbles[4, 8, 2] == pytest.approx(bubbles[4, 8, 1] / 2, rel=0.1)  # (PP - 1) / VPP, the slowest stage apart
 
 
 def test_layouts_are_ranked_and_the_papers_is_among_the_best() -> None:
