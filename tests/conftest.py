@@ -1,6 +1,7 @@
 """What every test shares: `gpu` tests need a CUDA device and say so where there is none; CI draws the same examples."""
 
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -16,6 +17,8 @@ hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
+# A suite started in the background of a shell inherits an ignored Ctrl-C, and what its tests start would ignore it too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = Path(__file__).parent
 # Rooms whose tests share what takes long to make (a Slurm, unbroken runs): with several workers one takes them all, and
