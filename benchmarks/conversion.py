@@ -36,7 +36,7 @@ FULL_BYTES = 98_572_189_184  # the 48B in bf16: 2 x (48,942,542,592 + 78,786,560
 
 
 def write_folder(folder: Path, layers: int, experts: int) -> tuple[int, dict[str, str]]:
-    """Random numbers under the names and shapes of the model; returns the bytes and the SHA-256 of all tensors."""
+    """Random numbers under the names and shapes of the model; returns the bytes and the BLAKE3 of all tensors."""
     import torch
 
     from megatron_joy.convert.export_job import file_contents
@@ -174,7 +174,7 @@ def one_size(scratch: Path, layers: int, options: argparse.Namespace) -> None:
             arguments += ["--max-shard-size", str(SHARD_BYTES)] + ["--no-verify"] * (not verify)
             row = converted(arguments, checkpoint, out)
             told = json.loads((out / "joy_conversion.json").read_text())["tensors"]
-            found = {name: entry["sha256"] for name, entry in told.items()}
+            found = {name: entry["blake3"] for name, entry in told.items()}
             assert found == digests.setdefault(precision, found), "other bytes than went in, or with other workers"
             row |= {"verified": verify, "hours_for_48b": round(row["seconds"] * FULL_BYTES / size / 3600, 2)}
             show(f"to-hf {precision}", common, row)

@@ -14,6 +14,7 @@ from megatron_joy.errors import UserError
 from megatron_joy.recipe import load_recipe
 
 if TYPE_CHECKING:
+    from megatron_joy.convert.sample import Sample
     from megatron_joy.convert.to_hf import Export
     from megatron_joy.convert.workers import Crew
 
@@ -27,15 +28,36 @@ ExecutorOption = Annotated[
     str, typer.Option("--executor", metavar="local|mpi", help="Processes here, or the ranks that mpiexec started.")
 ]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Prove what was written.")]
+VerifySample = Annotated[
+    str | None,
+    typer.Option(
+        "--verify-sample", metavar="SIZE|all", help="Compare everything up to this size, of more a sample; 20GB unsaid."
+    ),
+]
+VerifySeed = Annotated[int | None, typer.Option("--verify-seed", help="Which sample; 0 if not said.")]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def size_in_bytes(text: str) -> int:
+def size_in_bytes(text: str, option: str = "--max-shard-size") -> int:
     """'5GB' as a number of bytes. Raises UserError for anything else than a number and a unit."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
-        raise UserError(f"--max-shard-size {text}: not a size; expected a number and a unit, as 5GB")
+        raise UserError(f"{option} {text}: not a size; expected a number and a unit, as 5GB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _sample(verify: bool, size: str | None, seed: int | None) -> "Sample":
+    """What a verification compares. Raises UserError for an option that would have no effect."""
+    from megatron_joy.convert.sample import VERIFY_BYTES, Sample
+
+    given = [name for name, value in (("--verify-sample", size), ("--verify-seed", seed)) if value is not None]
+    if given and not verify:
+        raise UserError(f"{given[0]}: nothing is verified with --no-verify; leave one of the two out")
+    if size == "all":
+        if seed is not None:
+            raise UserError("--verify-seed: --verify-sample all compares everything; leave one of the two out")
+        return Sample(None)
+    return Sample(VERIFY_BYTES if size is None else size_in_bytes(size, "--verify-sample"), seed or 0)
 
 
 @contextmanager
@@ -85,12 +107,14 @@ def to_hf_command(
     workers: WorkersOption = None,
     executor: ExecutorOption = "local",
     verify: Verify = True,
+    verify_sample: VerifySample = None,
+    verify_seed: VerifySeed = None,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint of any layout as a folder that transformers, vLLM and SGLang load without our code.
 
-    Proved unless --no-verify: every tensor is read back bit for bit and, for a model that fits into memory twice, the
-    training model's logits on real text are compared with transformers'.
+    Proved unless --no-verify: every tensor (a sample of a model of more than 20 GB) is read back bit for bit and, for a
+    model that fits into memory twice, the training model's logits on real text are compared with transformers'.
     """
     from megatron_joy.convert.export_job import ExportOptions
     from megatron_joy.convert.progress import shown_phases
@@ -100,7 +124,8 @@ def to_hf_command(
         if crew is None:
             return
         size = size_in_bytes(max_shard_size)
-        options = ExportOptions(precision, family, size, vocab_size, tokenizer, verify, workers)
+        sample = _sample(verify, verify_sample, verify_seed)
+        options = ExportOptions(precision, family, size, vocab_size, tokenizer, verify, sample, workers)
         with shown_phases() as phases:
             export = to_hf(checkpoint, out, options, phases, crew)
     _notes(export.notes)
@@ -118,6 +143,11 @@ def _print_export(export: "Export") -> None:
     if export.verification is None:
         return
     print(f"verified: {export.verification.tensors} tensors read back bit for bit")
+    if others := export.verification.only_hashed:
+        print(
+            f"NOT compared: {others} other tensors, whose bytes on disk were checked by their BLAKE3 alone "
+            f"(a sample of seed {export.verification.seed}; --verify-sample all compares everything)"
+        )
     if errors := export.verification.errors:
         worst = max(errors, key=lambda name: errors[name].relative)
         print(
@@ -176,6 +206,8 @@ def from_hf_command(
     workers: WorkersOption = None,
     executor: ExecutorOption = "local",
     verify: Verify = True,
+    verify_sample: VerifySample = None,
+    verify_seed: VerifySeed = None,
     as_json: Json = False,
 ) -> None:
     """Write a folder of the DeepSeek-V3 family as a checkpoint of weights, of step 0, that any layout starts from.
@@ -191,13 +223,20 @@ def from_hf_command(
             return
         loaded = load_recipe(recipe) if recipe is not None else None
         with shown_phases() as phases:
-            done = from_hf(folder, out, loaded, verify, phases, workers, crew=crew)
+            sample = _sample(verify, verify_sample, verify_seed)
+            done = from_hf(folder, out, loaded, verify, phases, workers, crew=crew, sample=sample)
     _notes(done.notes)
     if as_json:
         print(json.dumps(done.as_json(), indent=2))
         return
     print(f"{done.checkpoint}: {done.parameters} parameters, {done.bytes:,} bytes, {done.precision}, step 0")
-    if done.verified:
+    if done.verified and done.seed is None:
         print(f"verified: {done.tensors} tensors read back bit for bit")
+    elif done.verified:
+        print(
+            f"verified: {done.compared} parameters read back bit for bit\n"
+            f"NOT compared: {done.parameters - done.compared} other parameters, whose files were checked by their "
+            f"BLAKE3 alone (a sample of seed {done.seed}; --verify-sample all compares everything)"
+        )
     if done.run_recipe is not None:
         print(f"{done.run_recipe}: the run's recipe")

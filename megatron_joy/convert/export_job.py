@@ -19,7 +19,8 @@ from megatron_joy.convert.mapping import ConversionPlan, HFTensor, check_paramet
 from megatron_joy.convert.precisions.schemes import Part
 from megatron_joy.convert.precisions.table import Precision, left_out, precision_of
 from megatron_joy.convert.progress import Advance
-from megatron_joy.convert.safetensors_file import DTYPES, Entry, aligned, holds, write_file
+from megatron_joy.convert.safetensors_file import DTYPES, Entry, aligned, file_problem, holds, write_file
+from megatron_joy.convert.sample import UNSAID, Sample, kind_of
 from megatron_joy.convert.source import Source, open_source
 from megatron_joy.convert.store import TensorStore
 from megatron_joy.convert.verify import FileProof, Written, verify_file
@@ -33,7 +34,7 @@ _PIECE = 1 << 24  # bytes of a tensor in memory at a time, where its rows need n
 class ExportOptions:
     """How to write. precision None: the run's; vocabulary None: the model's; tokenizer None: the training data's.
 
-    workers None: by size (`workers_for`).
+    workers None: by size (`workers_for`). sample: what `verify` compares.
     """
 
     precision: str | None = None
@@ -42,6 +43,7 @@ class ExportOptions:
     vocabulary: int | None = None
     tokenizer: Path | None = None
     verify: bool = True
+    sample: Sample = UNSAID
     workers: int | None = None
 
 
@@ -55,6 +57,7 @@ class ExportJob:
     precision: Precision
     left_out: dict[str, str]
     files: dict[str, list[Entry]]
+    sample: Sample
 
     @property
     def bytes(self) -> int:
@@ -74,6 +77,19 @@ class ExportJob:
     def quantised(self) -> frozenset[str]:
         """The tensors of the plan that are quantised."""
         return frozenset(self.plan.by_name.keys() - self.left_out.keys())
+
+    @cached_property
+    def compared(self) -> frozenset[str]:
+        """The tensors of the plan that a verification compares; of the rest it checks what is on disk by its hash."""
+        sizes: dict[str, int] = {}
+        for entry in (entry for entries in self.files.values() for entry in entries):
+            weight = self.weight_of[entry.name]
+            sizes[weight] = sizes.get(weight, 0) + entry.bytes
+        return self.sample.draw(sizes, self.kind)
+
+    def kind(self, name: str) -> str:
+        """What tensors are converted alike: the MTP layer's are other parameters than those of the same name."""
+        return kind_of(f"{self.plan.by_name[name].key} {name}") + (" quantised" if name in self.quantised else "")
 
     @property
     def rounded(self) -> bool:
@@ -114,7 +130,7 @@ class ExportJob:
         return {name.removesuffix("weight") + suffix: [part] for suffix, part in parts.items()}
 
     def write(self, file: str, folder: Path, earlier: dict[str, str] | None, advance: Advance) -> dict[str, str]:
-        """Makes a file; returns the SHA-256 of each of its tensors.
+        """Makes a file; returns the BLAKE3 of each of its tensors.
 
         earlier: what an earlier start returned for the file; it is kept when it still holds.
         """
@@ -134,13 +150,19 @@ class ExportJob:
         return write_file(folder / file, entries, produce)
 
     def verify(self, file: str, folder: Path, digests: dict[str, str], advance: Advance) -> FileProof:
-        """Proves a file against the checkpoint (`verify.verify_file`)."""
+        """Proves a file against the checkpoint (`verify.verify_file`), of a large model the sample's tensors of it."""
+        entries = self.files[file]
+        compared = [entry for entry in entries if self.weight_of[entry.name] in self.compared]
+        if len(compared) < len(entries):
+            if (problem := file_problem(folder / file, entries, digests)) is not None:
+                raise WorkError(f"{file}: {problem} on disk is not what was written; the export is not kept")
+            advance(sum(entry.bytes for entry in entries) - sum(entry.bytes for entry in compared))
         written = Written(
             plan=self.plan,
             precision=self.precision,
             original=self.original,
             stored=self.stored,
-            weight_of={entry.name: self.weight_of[entry.name] for entry in self.files[file]},
+            weight_of={entry.name: self.weight_of[entry.name] for entry in compared},
             quantised=self.quantised,
             digests=digests,
         )
@@ -171,7 +193,7 @@ def export_job(source: Source, store: TensorStore, options: ExportOptions) -> Ex
     check_parameters(plan, store.shapes, str(source.checkpoint.path))
     unquantised = left_out(plan, precision)
     files = file_contents(plan, precision, unquantised, options.max_shard_bytes)
-    return ExportJob(source, store, plan, precision, unquantised, files)
+    return ExportJob(source, store, plan, precision, unquantised, files, options.sample)
 
 
 @contextmanager

@@ -33,6 +33,8 @@ from megatron_joy.convert.import_job import (
     result_of,
 )
 from megatron_joy.convert.progress import Phases, silent
+from megatron_joy.convert.provenance import PROVENANCE, import_provenance
+from megatron_joy.convert.sample import UNSAID, Sample
 from megatron_joy.convert.workers import Crew, processes
 from megatron_joy.errors import UserError
 from megatron_joy.recipe import Recipe, dump_recipe
@@ -45,7 +47,7 @@ _OVERHEAD = 1.02  # each tensor lies in a small archive of its own
 
 @dataclass(frozen=True)
 class Import:
-    """What was written."""
+    """What was written. compared: parameters, when `verified`; seed: of their sample, None where it is all of them."""
 
     checkpoint: Path
     source: Path
@@ -55,6 +57,8 @@ class Import:
     bytes: int
     workers: int
     verified: bool
+    compared: int
+    seed: int | None
     recipe: str
     run_recipe: Path | None
     notes: tuple[str, ...] = ()
@@ -74,28 +78,31 @@ def from_hf(
     workers: int | None = None,
     file_bytes: int = FILE_BYTES,
     crew: Crew = processes,
+    sample: Sample = UNSAID,
 ) -> Import:
     """Writes the folder's weights as the new checkpoint `out` of step 0, in the dtype they have.
 
     recipe: what they are to be trained with; its model must be the folder's (its vocabulary may be padded: new rows are
     zeros). None: a recipe is made from config.json. With a recipe and `out` = RUN/checkpoints/step_00000000 the recipe
     becomes RUN's as well, so that `joy pretrain` goes on from there. file_bytes: a file ends with the parameter that
-    reaches it; training's loader takes any. Killed, it goes on from the files that are whole
-    when it is called again. Raises UserError before anything is written, WorkError when the disk refuses or a tensor on
-    disk is not the folder's.
+    reaches it; training's loader takes any. sample: what `verify` compares. Killed, it goes on from the files that are
+    whole when it is called again. Raises UserError before anything is written, WorkError when the disk refuses or a
+    tensor on disk is not the folder's.
     """
     refuse_existing(out)
     if step_of(out.name) not in (0, None):
         raise UserError(f"{out}: imported weights are of step 0; name it {out.with_name('step_00000000')}")
-    job = import_job(folder, recipe, file_bytes)
+    job = import_job(folder, recipe, file_bytes, sample)
     check_copies(job)
-    staff = crew(job, partial(open_import, folder, recipe, file_bytes), workers)
+    staff = crew(job, partial(open_import, folder, recipe, file_bytes, sample), workers)
     refuse_full_disk(out, int(job.bytes * _OVERHEAD))
     with work_folder(out, job.identity()) as work, staff as pool:
         calls = [(name, work.folder, work.record_of(name)) for name in job.files]
         _commit(job, work, pool.each("write", calls, phases("writing", job.bytes), work.keep))
         if verify:
             pool.each("verify", [(name, work.folder) for name in job.files], phases("reading back", job.bytes))
+        told = orjson.dumps(import_provenance(job, verify), option=orjson.OPT_INDENT_2)
+        (work.folder / PROVENANCE).write_bytes(told)
     return Import(
         checkpoint=out,
         source=folder,
@@ -105,6 +112,8 @@ def from_hf(
         bytes=job.bytes,
         workers=pool.count,
         verified=verify,
+        compared=len(job.compared) if verify else 0,
+        seed=sample.seed if verify and len(job.compared) < len(job.plan.parameters) else None,
         recipe=job.recipe.name,
         run_recipe=write_run_recipe(out, dump_recipe(recipe).encode()) if recipe is not None else None,
         notes=(work.note,) if work.note else (),

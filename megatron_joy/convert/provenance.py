@@ -9,6 +9,7 @@ import torch
 import megatron_joy
 from megatron_joy.checkpoint.marker import Checkpoint
 from megatron_joy.convert.export_job import ExportJob, ExportOptions
+from megatron_joy.convert.import_job import DTYPE_NAMES, ImportJob
 from megatron_joy.convert.verify import Verification
 from megatron_joy.recipe import load_recipe
 from megatron_joy.recipe.ledger import first_sample, from_json, in_force
@@ -25,16 +26,12 @@ def provenance(
     digests: dict[str, str],
     verification: Verification | None,
 ) -> dict[str, Any]:
-    """The content of joy_conversion.json. data: `data_read`. digests: SHA-256 of each stored tensor."""
+    """The content of joy_conversion.json. data: `data_read`. digests: BLAKE3 of each stored tensor."""
     marker = job.source.checkpoint.marker
     return {
         "format_version": 1,
         "direction": "to-hf",
-        "made_by": {
-            "megatron_joy": megatron_joy.__version__,
-            "torch": torch.__version__,
-            "safetensors": version("safetensors"),
-        },
+        "made_by": _made_by(),
         "checkpoint": {
             "run": job.source.recipe.name,
             "step": marker.step,
@@ -56,12 +53,54 @@ def provenance(
                 "file": file,
                 "dtype": entry.dtype,
                 "shape": list(entry.shape),
-                "sha256": digests[entry.name],
+                "blake3": digests[entry.name],
+                "compared": verification is not None and job.weight_of[entry.name] in job.compared,
                 "megatron": job.plan.by_name[job.weight_of[entry.name]].key,
             }
             for file, entries in job.files.items()
             for entry in entries
         },
+    }
+
+
+def import_provenance(job: ImportJob, verified: bool) -> dict[str, Any]:
+    """The content of joy_conversion.json in an imported checkpoint: what came from where, and what was compared."""
+    folder, compared = job.folder, job.compared if verified else frozenset()
+    sampled = verified and len(compared) < len(job.plan.parameters)
+    return {
+        "format_version": 1,
+        "direction": "from-hf",
+        "made_by": _made_by(),
+        "source": {"folder": folder.folder.absolute().name, "files": sorted(set(folder.file_of.values()))},
+        "precision": DTYPE_NAMES[job.dtype],
+        "vocab_size": job.plan.vocabulary,
+        "verification": {
+            "parameters": len(compared),
+            "bytes": sum(job.sizes[key] for key in compared),
+            "only_hashed": len(job.plan.parameters) - len(compared),
+            "seed": job.sample.seed if sampled else None,
+        }
+        if verified
+        else None,
+        "parameters": {
+            key: {
+                "file": file,
+                "dtype": DTYPE_NAMES[job.dtype_of(key)],
+                "shape": list(job.plan.parameters[key]),
+                "tensors": len(job.plan.by_key[key]),
+                "compared": key in compared,
+            }
+            for file, keys in job.files.items()
+            for key in keys
+        },
+    }
+
+
+def _made_by() -> dict[str, str]:
+    return {
+        "megatron_joy": megatron_joy.__version__,
+        "torch": torch.__version__,
+        "safetensors": version("safetensors"),
     }
 
 
@@ -120,7 +159,8 @@ def model_card(job: ExportJob, told: dict[str, Any]) -> str:
         "",
         *_verification_lines(told["verification"]),
         "",
-        f"`{PROVENANCE}` has the SHA-256 of every tensor, its Megatron name, and what was and was not quantised.",
+        f"`{PROVENANCE}` has the BLAKE3 of every tensor, its Megatron name, whether it was compared, and what was "
+        "and was not quantised.",
         "",
     ]
     return "\n".join(lines)
@@ -146,6 +186,11 @@ def _verification_lines(found: dict[str, Any] | None) -> list[str]:
     if found is None:
         return ["Not verified (`--no-verify`)."]
     lines = [f"- {found['tensors']:,} tensors ({found['bytes']:,} bytes) were read back and compared bit for bit."]
+    if found["only_hashed"]:
+        lines.append(
+            f"- They are a sample, some of every kind (seed {found['seed']}). Of the other {found['only_hashed']:,} "
+            f"only the bytes on disk were checked, by their BLAKE3; `compared` in `{PROVENANCE}` says which are which."
+        )
     if found["errors"]:
         worst = max(error["relative"] for error in found["errors"].values())
         lines.append(

@@ -4,7 +4,6 @@ Format: 8 bytes little-endian length of the header, the header (JSON, padded wit
 (https://github.com/huggingface/safetensors#format). The library's own writer wants all tensors in memory.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from megatron_joy.data.atomic import EarlyWriteback, commit_partial, partial_path
@@ -81,7 +81,7 @@ def aligned(entries: Sequence[Entry]) -> list[Entry]:
 def write_file(
     path: Path, entries: Sequence[Entry], produce: Callable[[Entry], Mapping[str, Iterable[Tensor]]]
 ) -> dict[str, str]:
-    """Writes and syncs the tensors, laid out in the given order; returns the SHA-256 of each one's bytes.
+    """Writes and syncs the tensors, laid out in the given order; returns the BLAKE3 of each one's bytes.
 
     `produce` is asked for the first tensor that is not there yet and gives it by name, as pieces of its rows one after
     the other, together of exactly the entry's shape and dtype (ValueError otherwise), with whatever others of the file
@@ -127,7 +127,7 @@ def _write_tensor(
     hasher: ThreadPoolExecutor,
     begin_writeback: EarlyWriteback,
 ) -> str:
-    digest, written = hashlib.sha256(), 0
+    digest, written = blake3(), 0
     for tensor in pieces:
         if tensor.shape[1:] != entry.shape[1:] or tensor.dtype != DTYPES[entry.dtype][1]:
             raise ValueError(f"{entry.name}: {list(tensor.shape)} {tensor.dtype}, expected {entry}")
@@ -144,20 +144,28 @@ def _write_tensor(
 
 def holds(path: Path, entries: Sequence[Entry], digests: Mapping[str, str]) -> bool:
     """Whether a file is, byte for byte, what `write_file` made of these entries when it returned these digests."""
+    return file_problem(path, entries, digests) is None
+
+
+def file_problem(path: Path, entries: Sequence[Entry], digests: Mapping[str, str]) -> str | None:
+    """The tensor, or other part, whose bytes are not what `write_file` wrote when it returned these digests."""
     header = _header(entries)
     try:
         with open(path, "rb") as stream:
             if os.fstat(stream.fileno()).st_size != len(header) + sum(entry.bytes for entry in entries):
-                return False
-            return stream.read(len(header)) == header and all(
-                _digest_of(stream, entry.bytes) == digests.get(entry.name) for entry in entries
-            )
-    except OSError:
-        return False
+                return "its size"
+            if stream.read(len(header)) != header:
+                return "its header"
+            for entry in entries:
+                if _digest_of(stream, entry.bytes) != digests.get(entry.name):
+                    return entry.name
+    except OSError as error:
+        return f"its content ({error.strerror})"
+    return None
 
 
 def _digest_of(stream: IO[bytes], size: int) -> str:
-    digest = hashlib.sha256()
+    digest = blake3()
     while size:
         data = stream.read(min(size, _CHUNK))
         digest.update(data)

@@ -115,7 +115,7 @@ def _texts(job: ExportJob, options: ExportOptions) -> _Texts:
 
 
 def _write(job: ExportJob, work: Work, pool: Pool, phases: Phases) -> dict[str, dict[str, str]]:
-    """The SHA-256 of each tensor, file by file."""
+    """The BLAKE3 of each tensor, file by file."""
     calls = [(name, work.folder, work.record_of(name)) for name in job.files]
     written = pool.each("write", calls, phases("writing", job.bytes), work.keep)
     weight_map = {entry.name: name for name, entries in job.files.items() for entry in entries}
@@ -127,7 +127,7 @@ def _write(job: ExportJob, work: Work, pool: Pool, phases: Phases) -> dict[str, 
 def _prove(job: ExportJob, work: Work, pool: Pool, digests: dict[str, dict[str, str]], phases: Phases) -> Verification:
     calls = [(name, work.folder, digests[name]) for name in job.files]
     proofs = pool.each("verify", calls, phases("reading back", job.bytes))
-    return verification_of(proofs, len(job.weight_of), job.precision)
+    return verification_of(proofs, len(job.weight_of), job.precision, job.sample.seed)
 
 
 def _compare_logits(job: ExportJob, folder: Path, found: Verification, texts: _Texts, phases: Phases) -> Verification:

@@ -1,6 +1,5 @@
 """The proof of an export: every tensor re-read bit for bit, and logits of the training model against transformers'."""
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
+from blake3 import blake3
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -59,7 +59,12 @@ class Error:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared. `logits` is None where the model does not fit; `why_no_logits` says so."""
+    """What was compared. `logits` is None where the model does not fit; `why_no_logits` says so.
+
+    tensors, bytes: those compared bit for bit. only_hashed: the others of a sampled verification, of which the bytes on
+    disk were checked against the BLAKE3 of what was written. seed: what the sample was drawn by, None without one.
+    errors: of the quantised weights among those compared.
+    """
 
     tensors: int
     bytes: int
@@ -67,6 +72,8 @@ class Verification:
     why_no_logits: str | None = None
     errors: dict[str, Error] | None = None
     dequantised_by: str | None = None
+    only_hashed: int = 0
+    seed: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For reports and `--json`."""
@@ -78,7 +85,8 @@ class Written:
     """A file of an export to be proved.
 
     original: name of a tensor of the plan -> it as the checkpoint has it. stored: the same name -> what is to be on
-    disk for it, in pieces. weight_of: name on disk -> the plan's. digests: SHA-256 of each tensor as it was written.
+    disk for it, in pieces. weight_of: name on disk -> the plan's, of all that is compared. digests: BLAKE3 of each
+    tensor as it was written.
     """
 
     plan: ConversionPlan
@@ -92,17 +100,27 @@ class Written:
 
 @dataclass(frozen=True)
 class FileProof:
-    """Of a file that holds: bytes of its tensors and the error of each quantised weight."""
+    """Of a file that holds: how many of its tensors were compared, their bytes, each quantised one's error."""
 
+    tensors: int
     bytes: int
     errors: dict[str, Error]
 
 
-def verification_of(proofs: Sequence[FileProof], tensors: int, precision: Precision) -> Verification:
-    """The files' proofs as one, without logits yet."""
+def verification_of(proofs: Sequence[FileProof], stored: int, precision: Precision, seed: int) -> Verification:
+    """The files' proofs as one, without logits yet. stored: tensors in all files."""
     errors = {name: error for proof in proofs for name, error in proof.errors.items()}
     whose = independent(precision, precision.scheme)[1] if precision.scheme else None
-    return Verification(tensors, sum(proof.bytes for proof in proofs), None, None, errors if whose else None, whose)
+    tensors, size = sum(proof.tensors for proof in proofs), sum(proof.bytes for proof in proofs)
+    return Verification(
+        tensors=tensors,
+        bytes=size,
+        logits=None,
+        errors=errors if whose else None,
+        dequantised_by=whose,
+        only_hashed=stored - tensors,
+        seed=seed if tensors < stored else None,
+    )
 
 
 def with_logits(
@@ -128,7 +146,7 @@ def with_logits(
 
 
 def verify_file(written: Written, path: Path, advance: Advance) -> FileProof:
-    """Reads every tensor back through the safetensors library and compares its bits with the checkpoint's.
+    """Reads every tensor of `weight_of` back through the safetensors library and compares its bits with the original's.
 
     What is quantised is also dequantised by other code than wrote it; each element must lie within half a step of its
     scale. Raises WorkError for a tensor that is missing, not what was written, or further away.
@@ -145,7 +163,7 @@ def verify_file(written: Written, path: Path, advance: Advance) -> FileProof:
                 whole[name.removeprefix(weight.removesuffix("weight"))] = reader.whole(name)
         if weight in written.quantised:
             errors[weight] = _check_error(written, weight, whole)
-    return FileProof(size, errors)
+    return FileProof(len(written.weight_of), size, errors)
 
 
 class _Reader:
@@ -181,7 +199,7 @@ def _check_bits(
     name: str, pieces: Iterable[tuple[Tensor, Tensor]], digests: Mapping[str, str], path: Path, advance: Advance
 ) -> int:
     """Returns the bytes compared."""
-    digest, size, same = hashlib.sha256(), 0, True
+    digest, size, same = blake3(), 0, True
     for found, expected in pieces:
         data = elements_of(found)
         digest.update(data)

@@ -122,7 +122,7 @@ def test_provenance_names_run_step_and_every_tensors_hash(exported: Path) -> Non
     assert content["checkpoint"]["progress"]["tokens"] > 0
     assert content["tensors"].keys() == all_tensors(exported).keys()
     assert content["tensors"]["lm_head.weight"]["megatron"] == "output_layer.weight"
-    assert len(content["tensors"]["lm_head.weight"]["sha256"]) == 64
+    assert len(content["tensors"]["lm_head.weight"]["blake3"]) == 64
 
 
 def test_a_run_folder_stands_for_its_newest_whole_checkpoint(reference: Reference, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_a_tensor_written_from_another_place_is_found(exported: Path) -> None:
         stored=lambda name: {name: [swapped[name]]},
         weight_of={name: name for name, entry in told.items() if entry["file"] == file},
         quantised=frozenset(),
-        digests={name: entry["sha256"] for name, entry in told.items()},
+        digests={name: entry["blake3"] for name, entry in told.items()},
     )
     with pytest.raises(WorkError, match=r"experts\.0\.gate_proj\.weight on disk is not the checkpoint's"):
         room.verify_file(written, exported / file, lambda done: None)
