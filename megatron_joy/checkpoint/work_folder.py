@@ -24,11 +24,16 @@ class Stopped(WorkError):
 
 
 def refuse_existing(out: Path) -> None:
-    """Raises UserError when `out` is a file or a folder with something in it."""
+    """Raises UserError when `out` is a file, a folder with something in it, or can't be one for a file in its path."""
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() or out.is_symlink():
         raise UserError(f"{out}: is there already and not empty; name a new folder, nothing is overwritten")
+    for place in out.absolute().parents:
+        if place.exists():
+            if not place.is_dir():
+                raise UserError(f"{out}: {place} is a file; name a new folder inside a folder")
+            return
 
 
 def refuse_full_disk(out: Path, needed: int) -> None:

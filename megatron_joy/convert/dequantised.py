@@ -37,6 +37,11 @@ class DequantisedFolder(HFFolder):
         ending = f".{scheme.scale}"
         for name in [name for name in self.shapes if name.endswith(ending)]:
             self._join(name.removesuffix(scheme.scale))
+        if not self.stored:
+            raise UserError(
+                f"{folder / CONFIG}: {KEY} says that weights are quantised, no tensor has a {scheme.scale}; "
+                f"take the config.json of these files, without {KEY} if they are not quantised"
+            )
         for name, dtype in self.dtypes.items():
             if dtype not in (torch.float32, torch.bfloat16):
                 what = str(dtype).removeprefix("torch.")

@@ -92,7 +92,7 @@ def to_gguf(path: Path, out: Path, kind: str = "bf16", verify: bool = True, phas
     config = read_config(path)
     model = model_of(config, path / CONFIG)
     folder = open_folder(path, config)
-    check_tensors(conversion_plan(model), folder.shapes, str(path))
+    check_tensors(conversion_plan(model), folder.shapes, str(path), folder.file_of)
     vocabulary = _Vocabulary.of(path, model)
     tensors = _tensors(folder, model, TYPES[kind][0])
     size = sum(tensor.bytes for tensor in tensors)

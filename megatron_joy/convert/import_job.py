@@ -234,7 +234,7 @@ def import_job(path: Path, recipe: Recipe | None, file_bytes: int = FILE_BYTES, 
         raise UserError(f"recipe {recipe.name} is of another model than {config_path}: {', '.join(differing)}")
     plan = conversion_plan(recipe.model if recipe is not None else model, vocabulary=model.vocab_size)
     folder = open_folder(path, config)
-    check_tensors(plan, folder.shapes, str(path))
+    check_tensors(plan, folder.shapes, str(path), folder.file_of)
     weights = [tensor.name for tensor in plan.tensors if tensor.kind == "weight" and tensor.name in folder.shapes]
     dtype = only_dtype(folder.dtypes, weights, path)
     if recipe is None:

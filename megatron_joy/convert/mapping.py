@@ -312,16 +312,25 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
 
 
-def _check(where: str, expected: Mapping[str, Shape], optional: Iterable[str], found: Mapping[str, Shape]) -> None:
+def _check(
+    where: str,
+    expected: Mapping[str, Shape],
+    optional: Iterable[str],
+    found: Mapping[str, Shape],
+    files: Mapping[str, str],
+) -> None:
+    def placed(name: str) -> str:
+        return f"{name} (in {files[name]})" if name in files else name
+
     missing = expected.keys() - found.keys() - set(optional)
     extra = found.keys() - expected.keys()
     wrong = [
-        f"{name} is {list(found[name])}, expected {list(shape)}"
+        f"{placed(name)} is {list(found[name])}, expected {list(shape)}"
         for name, shape in expected.items()
         if name in found and tuple(found[name]) != shape
     ]
     problems = [f"lacks {_some(missing)}"] * bool(missing)
-    problems += [f"has {_some(extra)}, which the model has no place for"] * bool(extra)
+    problems += [f"has {_some(map(placed, extra))}, which the model has no place for"] * bool(extra)
     problems += [_some(wrong)] * bool(wrong)
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}; take the recipe or config that these weights belong to")
@@ -329,10 +338,15 @@ def _check(where: str, expected: Mapping[str, Shape], optional: Iterable[str], f
 
 def check_parameters(plan: ConversionPlan, found: Mapping[str, Shape], where: str) -> None:
     """Refuses (UserError, one line with all of it) a checkpoint whose keys and shapes aren't exactly the plan's."""
-    _check(where, plan.parameters, (), found)
+    _check(where, plan.parameters, (), found, {})
 
 
-def check_tensors(plan: ConversionPlan, found: Mapping[str, Shape], where: str) -> None:
-    """Refuses a folder whose tensors and shapes aren't exactly the plan's; copies of another tensor may be absent."""
+def check_tensors(
+    plan: ConversionPlan, found: Mapping[str, Shape], where: str, files: Mapping[str, str] | None = None
+) -> None:
+    """Refuses a folder whose tensors and shapes aren't exactly the plan's; copies of another tensor may be absent.
+
+    files: which file of the folder each tensor is in, where there are any.
+    """
     expected = {tensor.name: tensor.shape for tensor in plan.tensors}
-    _check(where, expected, (tensor.name for tensor in plan.tensors if tensor.copy_of), found)
+    _check(where, expected, (tensor.name for tensor in plan.tensors if tensor.copy_of), found, files or {})

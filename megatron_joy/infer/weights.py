@@ -70,7 +70,7 @@ def _hugging_face(path: Path, tokenizer: Path | None) -> Weights:
     config = read_config(path)
     model = model_of(config, path / CONFIG)
     folder = open_folder(path, config)
-    check_tensors(conversion_plan(model), folder.shapes, str(path))
+    check_tensors(conversion_plan(model), folder.shapes, str(path), folder.file_of)
     eos = config.get("eos_token_id")
     place = tokenizer or (path if (path / TOKENIZER_JSON).is_file() else None)
     return Weights(

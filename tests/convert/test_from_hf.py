@@ -160,7 +160,10 @@ def test_a_missing_tensor_is_named(folder: Path) -> None:
 
 def test_an_extra_tensor_is_named(folder: Path) -> None:
     edit_tensors(folder, MTP, {"model.layers.4.mlp.gate.weight": torch.zeros(6, 40)})
-    refused(folder, r"has model\.layers\.4\.mlp\.gate\.weight, which the model has no place for")
+    refused(
+        folder,
+        r"has model\.layers\.4\.mlp\.gate\.weight \(in mtp-1-of-1\.safetensors\), which the model has no place for",
+    )
 
 
 def test_a_renamed_tensor_is_named_under_both_names(folder: Path) -> None:
@@ -172,7 +175,7 @@ def test_a_renamed_tensor_is_named_under_both_names(folder: Path) -> None:
 def test_a_transposed_tensor_is_named_with_both_shapes(folder: Path) -> None:
     projection = all_tensors(folder)["model.layers.4.eh_proj.weight"]
     edit_tensors(folder, MTP, {"model.layers.4.eh_proj.weight": projection.T})
-    refused(folder, r"eh_proj\.weight is \[80, 40\], expected \[40, 80\]")
+    refused(folder, r"eh_proj\.weight \(in mtp-1-of-1\.safetensors\) is \[80, 40\], expected \[40, 80\]")
 
 
 def test_a_model_that_could_not_be_trained_is_refused(folder: Path) -> None:
@@ -216,6 +219,18 @@ def test_a_config_of_more_layers_than_there_are_is_refused(folder: Path) -> None
 def test_another_architecture_is_refused_by_its_key(folder: Path, changes: dict[str, object], match: str) -> None:
     edit_json(folder / "config.json", **changes)
     refused(folder, match)
+
+
+def test_a_config_that_says_quantised_of_plain_weights_is_refused(folder: Path) -> None:
+    quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    edit_json(folder / "config.json", quantization_config=quantised)
+    refused(folder, r"config\.json: quantization_config says .* quantised, no tensor has a weight_scale_inv; ")
+
+
+def test_a_place_inside_a_file_is_refused(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/a/ckpt: .*/file is a file; name a new folder inside a folder"):
+        from_hf(exported, tmp_path / "file" / "a" / "ckpt")
 
 
 def test_a_truncated_file_is_named(folder: Path) -> None:
