@@ -113,6 +113,8 @@ def tokenizer_of(recipe: Recipe, given: Path | None) -> TokenizerFolder | None:
     else:
         return None
     if not (folder / TOKENIZER_JSON).is_file():
+        if given is not None:
+            raise UserError(f"{folder / TOKENIZER_JSON}: not there; --tokenizer names a folder that has it")
         raise UserError(
             f"{folder / TOKENIZER_JSON}: not there, though the checkpoint's recipe was trained with it; "
             "call from where the run was started, or name the tokenizer's folder with --tokenizer"
