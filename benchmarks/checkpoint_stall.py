@@ -1,22 +1,25 @@
 """What a checkpoint costs the steps of a run: written beside training, and before the next step.
 
 One model trains from memory, in cycles: some steps with nothing on its way, then a save beside training and steps until
-it is committed. A drifting machine touches both kinds alike. At the end one synchronous save of the same state.
+it is committed. A machine that others use changes its pace within minutes: each step beside a save is also divided by
+the mean of those alone just before and after its save. At the end one synchronous save of the same state.
 
     python benchmarks/checkpoint_stall.py [--recipe joyai_mini] [--cycles 5] [--plain 6] [--threads 1] [k=v ...]
 
-prints one JSON object. On a CPU the thread that writes takes its share of the cores that compute; with fewer threads
-than cores it has one for itself, as on a machine whose GPUs compute. The promise is a ratio of at most 1.05. With one
-thread, seconds of CPU of the thread that computes tell more than the clock's where others use the machine too; what
-they can't tell is waiting, for Python's lock or for a core.
+prints one JSON object; three figures are quartiles. On a CPU the thread that writes takes its share of the cores that
+compute; with fewer threads than cores it has one for itself, as on a machine whose GPUs compute. The promise is a ratio
+of at most 1.05. With one thread, seconds of CPU of the thread that computes tell more than the clock's where others use
+the machine too; what they can't tell is waiting, for Python's lock or for a core.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,10 +39,24 @@ SMALL_STEPS = ("data.sequence_length=512", "train.global_batch_size=2", "train.m
 
 
 class Seconds(NamedTuple):
-    """Of one step, by the clock and of the CPU."""
+    """By the clock; without those in which the thread could have run and another had its core; of the CPU."""
 
     clock: float
+    unqueued: float
     cpu: float
+
+
+def now() -> Seconds:
+    """What the calling thread has had so far. Linux tells how long a thread waited for a core."""
+    schedstat = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
+    queued = int(schedstat.read_text().split()[1]) / 1e9 if schedstat.exists() else 0.0
+    clock = time.perf_counter()
+    return Seconds(clock, clock - queued, time.thread_time())
+
+
+def since(began: Seconds) -> Seconds:
+    """From then until now."""
+    return Seconds(*(after - before for after, before in zip(now(), began, strict=True)))
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -51,24 +68,23 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     trainer = Trainer(recipe, process, build_model(recipe, process))
     batches, number = batches_in_memory(recipe), 0
     saver, outcomes = BackgroundSaver(process), list[Outcome]()
-    alone: list[Seconds] = []
-    beside: list[list[Seconds]] = []
+    alone, beside = list[list[Seconds]](), list[list[Seconds]]()
     copying: list[float] = []
     writing = time_the_writer()
 
     def step() -> Seconds:
         nonlocal number
         number += 1
-        clock, cpu = time.perf_counter(), time.thread_time()
+        began = now()
         trainer.step(number, batches)
-        return Seconds(time.perf_counter() - clock, time.thread_time() - cpu)
+        return since(began)
 
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         save = Save(Path(folder), 1, 0, recipe, process, {})
         for _ in range(2):
             step()  # the first ones warm up
         for _ in range(arguments.cycles):
-            alone += [step() for _ in range(arguments.plain)]
+            alone.append([step() for _ in range(arguments.plain)])
             cpu = time.thread_time()
             saver.begin(save, trainer.chunks, trainer.optimizer, list)
             copying.append(time.thread_time() - cpu)
@@ -79,6 +95,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 outcome = saver.poll()
             assert outcome.failure is None, outcome.failure
             outcomes.append(outcome)
+        alone.append([step()])
         saver.close()
         started = time.perf_counter()
         about = {"recipe": recipe, "chunks": trainer.chunks, "optimizer": trainer.optimizer, "process": process}
@@ -88,7 +105,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     processes.stop()
     return figures(alone, beside, outcomes) | {
         "copy_cpu_seconds": of_later_saves(copying),
-        "writer_cpu_seconds": round(statistics.median(writing), 3),
+        **{
+            f"writer_{kind}_seconds": round(statistics.median(values), 3)
+            for kind, values in zip(Seconds._fields, zip(*writing, strict=True), strict=True)
+        },
         "recipe": recipe.name,
         "threads": arguments.threads,
         "megabytes": round(size / 1e6),
@@ -97,17 +117,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def time_the_writer() -> list[float]:
-    """Seconds of CPU that the thread needs to hash, write and sync a file, one entry a save as they come."""
-    write, seconds = background.write_tensors, list[float]()
+def time_the_writer() -> list[Seconds]:
+    """What the thread needs to hash, write and sync a file, one entry a save as they come."""
+    write, seconds = background.write_image, list[Seconds]()
 
     def timed(*arguments: Any) -> Any:
-        began = time.thread_time()
+        began = now()
         written = write(*arguments)
-        seconds.append(time.thread_time() - began)
+        seconds.append(since(began))
         return written
 
-    background.write_tensors = timed
+    background.write_image = timed
     return seconds
 
 
@@ -116,24 +136,29 @@ def of_later_saves(seconds: Sequence[float]) -> float | None:
     return round(statistics.median(seconds[1:]), 3) if len(seconds) > 1 else None
 
 
-def figures(alone: list[Seconds], beside: list[list[Seconds]], outcomes: list[Outcome]) -> dict[str, Any]:
-    """Medians; the first save, which makes the buffers, apart from the others."""
-    steps = [step for cycle in beside for step in cycle]
-    told: dict[str, Any] = {"steps_alone": len(alone), "steps_beside": len(steps)}
+def figures(alone: list[list[Seconds]], beside: list[list[Seconds]], outcomes: list[Outcome]) -> dict[str, Any]:
+    """Medians; the first save, which makes the image, apart from the others. `alone` has one cycle more, the last."""
+    told: dict[str, Any] = {"steps_alone": sum(map(len, alone)), "steps_beside": sum(map(len, beside))}
     for kind in Seconds._fields:
-        without, within = ([getattr(step, kind) for step in some] for some in (alone, steps))
+        without, within = ([[getattr(step, kind) for step in cycle] for cycle in cycles] for cycles in (alone, beside))
+        around = [(before[-1] + after[0]) / 2 for before, after in itertools.pairwise(without)]
+        ratios = [[seconds / mean for seconds in cycle] for cycle, mean in zip(within, around, strict=True)]
         told |= {
-            f"{kind}_alone": round(statistics.median(without), 3),
-            f"{kind}_beside": round(statistics.median(within), 3),
-            f"{kind}_ratio": round(statistics.median(within) / statistics.median(without), 3),
-            f"{kind}_quartiles_alone": [round(q, 3) for q in statistics.quantiles(without, n=4)],
-            f"{kind}_quartiles_beside": [round(q, 3) for q in statistics.quantiles(within, n=4)],
+            f"{kind}_alone": quartiles(itertools.chain(*without)),
+            f"{kind}_beside": quartiles(itertools.chain(*within)),
+            f"{kind}_ratio": quartiles(itertools.chain(*ratios)),
+            f"{kind}_ratio_of_first_steps": quartiles(cycle[0] for cycle in ratios),
         }
     return told | {
         "first_waited_seconds": round(outcomes[0].waited, 3),
         "waited_seconds": of_later_saves([one.waited for one in outcomes]),
         "seconds_to_commit": round(statistics.median(one.seconds for one in outcomes), 2),
     }
+
+
+def quartiles(values: Iterable[float]) -> list[float]:
+    """First, median, third."""
+    return [round(value, 3) for value in statistics.quantiles(values, n=4, method="inclusive")]
 
 
 def main() -> None:

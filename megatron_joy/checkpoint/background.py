@@ -15,15 +15,17 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_joy.checkpoint.image import Image
 from megatron_joy.checkpoint.save import Save, commit, give_up, make_partial, most, tensors_of
-from megatron_joy.checkpoint.snapshot import Snapshot
-from megatron_joy.checkpoint.together import RanksFailed, to_first, together
-from megatron_joy.checkpoint.writing import Plan, Tensors, Written, agree, outline, write_tensors
+from megatron_joy.checkpoint.storage import HashingFileSystem
+from megatron_joy.checkpoint.together import RanksFailed, each, to_first, together
+from megatron_joy.checkpoint.writing import Plan, Tensors, Written, agree, outline
 from megatron_joy.errors import WorkError
 from megatron_joy.platform.process import Process
 
@@ -58,14 +60,21 @@ class _Flight:
     committing: bool = False
 
 
+@dataclass(frozen=True)
+class _Agreed:
+    """What holds for later saves of the same tensors."""
+
+    plan: Plan
+    outline: dict[str, Any]
+    image: Image
+
+
 class BackgroundSaver:
     """At most one checkpoint on its way. All ranks call `begin`, `poll` and `settle` together, from the main thread."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
-        self._snapshot = Snapshot()
-        self._plan: Plan | None = None
-        self._outline: dict[str, Any] = {}
+        self._agreed: _Agreed | None = None
         self._flight: _Flight | None = None
         self._given_up = threading.Event()
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_stand_back)
@@ -80,27 +89,41 @@ class BackgroundSaver:
         """
         if self._flight is not None:
             raise RuntimeError("a checkpoint is on its way already")
-        began, first = time.perf_counter(), self._process.is_first_rank
+        began, agreed = time.perf_counter(), self._agreed
         taken: list[Tensors] = []
 
         def prepare() -> tuple[int | None, bool]:
             make_partial(save)
             tensors, updates = tensors_of(save, chunks, optimizer)
-            taken.append(self._snapshot.take(tensors))
-            return updates, self._plan is not None and outline(tensors) == self._outline
+            taken.append(tensors)
+            fits = agreed is not None and outline(tensors) == agreed.outline
+            if agreed is not None and fits:
+                agreed.image.fill(tensors)
+            return updates, fits
 
         try:
             answers = together(prepare)
-            (tensors,) = taken
-            plan = self._plan
-            if plan is None or not all(fits for _, fits in answers):
-                plan = agree(save.partial, tensors, first)
+            if agreed is None or not all(fits for _, fits in answers):
+                agreed = self._agree(save, taken[0])
         except RanksFailed as failure:
             raise WorkError(give_up(save, failure)) from None
-        self._plan, self._outline = plan, outline(tensors)
         updates = most([updates for updates, _ in answers])
-        work = self._thread.submit(write_tensors, save.partial, plan, tensors, first, self._given_up)
-        self._flight = _Flight(save, plan, updates, afterwards, work, began, time.perf_counter() - began)
+        work = self._thread.submit(write_image, save.partial, agreed.image, self._given_up)
+        self._flight = _Flight(save, agreed.plan, updates, afterwards, work, began, time.perf_counter() - began)
+
+    def _agree(self, save: Save, tensors: Tensors) -> "_Agreed":
+        """All ranks together: who writes what, and an image that has this save's elements."""
+        self._agreed = None  # its image makes room for the new one
+        first = self._process.is_first_rank
+        plan = agree(save.partial, tensors, first)
+
+        def lay_out() -> Image:
+            image = Image(plan, tensors, first)
+            image.fill(tensors)
+            return image
+
+        self._agreed = _Agreed(plan, outline(tensors), each(lay_out))
+        return self._agreed
 
     def poll(self) -> Outcome | None:
         """Takes the save a step further if all ranks are ready for it; its outcome once there is one. Never waits."""
@@ -135,6 +158,21 @@ class BackgroundSaver:
             notes, failure = (), give_up(flight.save, failed)
         self._flight = None
         return Outcome(flight.save, failure, flight.waited, time.perf_counter() - flight.began, notes)
+
+
+def write_image(folder: Path, image: Image, given_up: threading.Event) -> Written:
+    """Writes, hashes and syncs this rank's file; no communication, in any thread.
+
+    Raises OSError as the disk does, GivenUp soon after `given_up` is set.
+    """
+    files = HashingFileSystem(given_up)
+    if image.name is not None:
+        with files.create_stream(folder / image.name, "wb") as stream:
+            for block in image.blocks:
+                stream.write(block.numpy())
+            stream.flush()
+            os.fsync(stream.fileno())
+    return Written(tuple(files.files.values()), image.places)
 
 
 def _commit(flight: _Flight, written: Sequence[Written] | None) -> Sequence[str]:

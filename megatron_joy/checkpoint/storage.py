@@ -120,9 +120,9 @@ class HashingFileSystem(FileSystem):
 class Writer(FileSystemWriter):
     """One file per rank, in this process, synced and hashed."""
 
-    def __init__(self, folder: Path, given_up: threading.Event | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
-        self.fs: HashingFileSystem = HashingFileSystem(given_up)
+        self.fs: HashingFileSystem = HashingFileSystem()
 
     def storage_meta(self) -> StorageMeta | None:
         """Nothing: it would be the path of the folder that is about to be renamed."""

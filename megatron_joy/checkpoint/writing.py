@@ -7,7 +7,6 @@ step communicates. What is agreed holds for later saves of the same tensors.
 import dataclasses
 import io
 import os
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +42,8 @@ class Written:
     places: list[WriteResult]
 
 
-def _planner(tensors: Tensors, is_first_rank: bool) -> SavePlanner:
+def planner_of(tensors: Tensors, is_first_rank: bool) -> SavePlanner:
+    """torch's view of what a rank writes."""
     planner = SavePlanner()
     planner.set_up_planner(tensors, is_coordinator=is_first_rank)
     return planner
@@ -55,10 +55,10 @@ def agree(folder: Path, tensors: Tensors, is_first_rank: bool) -> Plan:
     Raises RanksFailed on all ranks where they don't.
     """
     index: list[Metadata] = []
-    local = to_first(lambda: _planner(tensors, is_first_rank).create_local_plan())
+    local = to_first(lambda: planner_of(tensors, is_first_rank).create_local_plan())
 
     def join() -> list[SavePlan]:
-        plans, metadata = _planner(tensors, is_first_rank).create_global_plan(local or [])
+        plans, metadata = planner_of(tensors, is_first_rank).create_global_plan(local or [])
         index.append(metadata)
         return Writer(folder).prepare_global_plan(plans)
 
@@ -66,15 +66,10 @@ def agree(folder: Path, tensors: Tensors, is_first_rank: bool) -> Plan:
     return Plan(mine, index[0] if index else None)
 
 
-def write_tensors(
-    folder: Path, plan: Plan, tensors: Tensors, is_first_rank: bool, given_up: threading.Event | None = None
-) -> Written:
-    """Writes, hashes and syncs this rank's file; no communication, in any thread.
-
-    Raises OSError as the disk does, GivenUp soon after `given_up` is set.
-    """
-    writer = Writer(folder, given_up)
-    planner = _planner(tensors, is_first_rank)
+def write_tensors(folder: Path, plan: Plan, tensors: Tensors, is_first_rank: bool) -> Written:
+    """Writes, hashes and syncs this rank's file; no communication. Raises OSError as the disk does."""
+    writer = Writer(folder)
+    planner = planner_of(tensors, is_first_rank)
     planner.finish_plan(plan.mine)
     try:
         places = writer.write_data(plan.mine, planner).value()
@@ -88,7 +83,7 @@ def write_alone(folder: Path, tensors: Tensors) -> list[FileEntry]:
 
     Returns the files, the index too; raises OSError as the disk does.
     """
-    planner = _planner(tensors, is_first_rank=True)
+    planner = planner_of(tensors, is_first_rank=True)
     (plan,), index = planner.create_global_plan([planner.create_local_plan()])
     return write_index(folder, Plan(plan, index), [write_streamed(folder, file_of_rank(0), plan, planner)])
 
@@ -132,10 +127,10 @@ def write_index(folder: Path, plan: Plan, written: Sequence[Written]) -> list[Fi
 
 
 def outline(tensors: Tensors) -> dict[str, Any]:
-    """What a plan depends on: of every tensor shape, dtype and boxes, nothing of its elements."""
+    """What a plan and a file's layout depend on: of tensors shape, dtype and boxes, of objects their size."""
     return {
         key: (tuple(boxes.shape), boxes.dtype, [(box.offset, tuple(box.data.shape)) for box in boxes.boxes])
         if isinstance(boxes, Boxes)
-        else None
+        else boxes.getbuffer().nbytes
         for key, boxes in tensors.items()
     }

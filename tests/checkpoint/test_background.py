@@ -27,13 +27,13 @@ def _begin(saver: BackgroundSaver, run: worlds.Run, folder: Path, step: int) -> 
 
 def _hold(event: threading.Event) -> None:
     """Lets no rank write a byte of its tensors before the event."""
-    original = background.write_tensors
+    original = background.write_image
 
     def write(*arguments: Any) -> Any:
         event.wait()
         return original(*arguments)
 
-    background.write_tensors = write
+    background.write_image = write
 
 
 def _train_on_while_it_is_written(folder: Path) -> Any:
@@ -122,15 +122,16 @@ def _give_up(folder: Path) -> float:
     run = worlds.Run.start(worlds.recipe("one"))
     saver = BackgroundSaver(run.process)
     amid = threading.Event()
-    original = storage._HashedStream.write
+    original = storage._HashedStream._write_chunk
+    storage._CHUNK = 4096
 
-    def write(stream: Any, data: Any) -> int:
+    def write(stream: Any, chunk: memoryview) -> None:
         if stream.size > 100_000:
             amid.set()
             time.sleep(0.2)
-        return original(stream, data)
+        original(stream, chunk)
 
-    storage._HashedStream.write = write  # type: ignore[method-assign]
+    storage._HashedStream._write_chunk = write  # type: ignore[method-assign]
     _begin(saver, run, folder, 1)
     assert amid.wait(60)
     began = time.perf_counter()

@@ -19,13 +19,13 @@ def _slowly(seconds: float, stop: int | None = None) -> None:
     """Each rank's tensors take longer than several steps; a signal comes in the midst of one."""
     from megatron_joy.checkpoint import background
 
-    write = background.write_tensors
+    write = background.write_image
 
     def then(*arguments: Any) -> Any:
         time.sleep(seconds)
         return write(*arguments)
 
-    background.write_tensors = then
+    background.write_image = then
     if stop is not None:
         signal_at(stop, TERM, 1)
 
@@ -63,7 +63,7 @@ def _full_at(step: int, rank: str) -> None:
     """The disk of one rank is full while the tensors of a step are written; other files are small enough."""
     from megatron_joy.checkpoint import background
 
-    write = background.write_tensors
+    write = background.write_image
 
     def then(folder: Path, *arguments: Any) -> Any:
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -74,7 +74,7 @@ def _full_at(step: int, rank: str) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
-    background.write_tensors = then
+    background.write_image = then
 
 
 def test_a_disk_that_fills_beside_training_is_noted_and_the_last_good_state_survives(
