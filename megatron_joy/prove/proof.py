@@ -155,19 +155,52 @@ def hold_against_one_process(small: Shrunk, folder: Path | None = None, on_step:
     """As `prove`, of a recipe that is small already."""
     with ExitStack() as stack:
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="joy-prove-")))
-        papers = Papers(place / "checkpoints", place / "weights.safetensors", place / "routing.safetensors")
-        alone, size = one_process(small.recipe), small.recipe.layout.world_size
-        (reference,) = _world("reference", place, on_step, LEAD, 1, alone, papers, STEPS_BEFORE)
-        plain = in_fp32(alone)
-        free = None
-        if plain != alone:
-            (free,) = _world("in fp32", place, on_step, UNROUNDED, 1, plain, papers, STEPS_BEFORE)
-        ranks = _world("layout", place, on_step, FOLLOW, size, small.recipe, papers, STEPS_BEFORE)
-    cost = None
-    if free is not None:
-        apart = _proof(small, reference, [free])
-        cost = apart.differences | {"ties": apart.routing.widest}
-    return _proof(small, reference, ranks, cost)
+        return hold_against(run_alone(small.recipe, place, on_step), small, on_step)
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One process's run, which serves every layout of its recipe, and the same in fp32 where the recipe is coarser.
+
+    `place` holds what the layouts need of it.
+    """
+
+    recipe: Recipe
+    place: Path
+    run: Run
+    in_fp32: Run | None
+
+    @property
+    def papers(self) -> Papers:
+        """What it left in `place`."""
+        return _papers(self.place)
+
+
+def run_alone(small: Recipe, place: Path, on_step: OnStep | None = None) -> Alone:
+    """Runs a small recipe in one process; raises as `prove` does."""
+    alone, papers = one_process(small), _papers(place)
+    (reference,) = _world("reference", place, on_step, LEAD, 1, alone, papers, STEPS_BEFORE)
+    plain = in_fp32(alone)
+    if plain == alone:
+        return Alone(alone, place, reference, None)
+    (free,) = _world("in fp32", place, on_step, UNROUNDED, 1, plain, papers, STEPS_BEFORE)
+    return Alone(alone, place, reference, free)
+
+
+def hold_against(alone: Alone, small: Shrunk, on_step: OnStep | None = None) -> Proof:
+    """Runs a layout of the recipe that ran alone; raises as `prove` does, and ValueError for another recipe's."""
+    if one_process(small.recipe) != alone.recipe:
+        raise ValueError("the layout is of another recipe than the one that ran in one process")
+    size = small.recipe.layout.world_size
+    ranks = _world("layout", alone.place, on_step, FOLLOW, size, small.recipe, alone.papers, STEPS_BEFORE)
+    if alone.in_fp32 is None:
+        return _proof(small, alone.run, ranks)
+    apart = _proof(small, alone.run, [alone.in_fp32])
+    return _proof(small, alone.run, ranks, apart.differences | {"ties": apart.routing.widest})
+
+
+def _papers(place: Path) -> Papers:
+    return Papers(place / "checkpoints", place / "weights.safetensors", place / "routing.safetensors")
 
 
 def _proof(small: Shrunk, reference: Run, ranks: Sequence[Run], cost: Mapping[str, float] | None = None) -> Proof:

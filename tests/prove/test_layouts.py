@@ -2,8 +2,10 @@
 
 import pytest
 
-from megatron_joy.prove.proof import prove
+from megatron_joy.prove.proof import STEPS_BEFORE, hold_against, prove
+from megatron_joy.prove.shrink import Shrunk, shrink
 from megatron_joy.recipe import load_recipe
+from tests.prove.conftest import AloneOf
 
 LAYOUTS: dict[str, dict[str, int]] = {
     "DP2 (ZeRO-1)": {"data_parallel_size": 2},
@@ -30,16 +32,27 @@ SLOW = {"TP2 (SP)", "TP2 x EP2 (ETP1)", "TP2 x ETP2", "PP2 x EP2", "CP2 x TP2", 
 ONE = {"expert_model_parallel_size": 1, "data_parallel_size": 1}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in LAYOUTS])
-def test_layout_follows_one_process(name: str) -> None:
+def small(name: str) -> Shrunk:
     overrides = [f"layout.{key}={value}" for key, value in (ONE | LAYOUTS[name]).items()]
-    proof = prove(load_recipe("joyai_tiny", overrides), processes=4)
+    return shrink(load_recipe("joyai_tiny", overrides), 4, STEPS_BEFORE + 10)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in LAYOUTS])
+def test_layout_follows_one_process(name: str, alone_of: AloneOf) -> None:
+    layout = small(name)
+    proof = hold_against(alone_of(layout), layout)
     assert proof.shrunk.reduced == ()
     assert len(proof.layout) == 10
     assert proof.equal_loads
     assert proof.holds, (proof.differences, proof.worst, proof.routing)
     # Tighter than the verdict: what these layouts reach, so that a loss of accuracy shows (docs/parallelism.md).
     assert max(proof.differences.values()) < 2e-6
+
+
+def test_a_layout_of_another_recipe_is_not_held_against_this_one(alone_of: AloneOf) -> None:
+    other = shrink(load_recipe("joyai_tiny", ["schedule.peak_lr=2e-3"]), 2, STEPS_BEFORE + 10)
+    with pytest.raises(ValueError, match="another recipe"):
+        hold_against(alone_of(small("PP2")), other)
 
 
 def test_muon_follows_one_process_as_closely() -> None:

@@ -9,9 +9,10 @@ from megatron_joy.cli import prove_command
 from megatron_joy.cli.main import main
 from megatron_joy.prove import proof as proving
 from megatron_joy.prove.numbers import ParameterDifference, Routing, Validation
-from megatron_joy.prove.proof import Proof, hold_against_one_process, prove
-from megatron_joy.prove.shrink import in_fp32, shrink
+from megatron_joy.prove.proof import Proof, hold_against, prove
+from megatron_joy.prove.shrink import Shrunk, in_fp32, shrink
 from megatron_joy.recipe import load_recipe
+from tests.prove.conftest import AloneOf
 from tests.prove.test_proof import made
 
 BF16 = "precision.params_dtype=bf16"
@@ -56,13 +57,13 @@ def test_a_recipe_in_small_keeps_its_number_format(fp8: str, degrees: dict[str, 
     assert (plain.model, plain.data, plain.seed) == (small.model, small.data, small.seed)
 
 
-def in_bf16(steps: int, *keys: str) -> Proof:
-    small = shrink(load_recipe("joyai_tiny", [BF16, *keys]), 2, proving.STEPS_BEFORE + steps, own_precision=True)
-    return hold_against_one_process(small)
+@pytest.fixture(scope="module")
+def in_bf16() -> Shrunk:
+    return shrink(load_recipe("joyai_tiny", [BF16]), 2, proving.STEPS_BEFORE + 4, own_precision=True)
 
 
-def test_a_layout_in_bf16_follows_one_process_in_bf16() -> None:
-    proof = in_bf16(4)
+def test_a_layout_in_bf16_follows_one_process_in_bf16(alone_of: AloneOf, in_bf16: Shrunk) -> None:
+    proof = hold_against(alone_of(in_bf16), in_bf16)
     assert proof.shrunk.recipe.precision.params_dtype == "bf16" and proof.format_cost is not None
     assert proof.holds, (proof.differences, proof.format_cost, proof.worst, proof.routing)
     # bf16 has 8 bits: its cost is of that size, and the layout isn't fp32 in disguise.
@@ -81,9 +82,11 @@ def test_a_layout_in_emulated_fp8_follows_one_process_in_fp8() -> None:
     assert proof.holds, (proof.differences, proof.format_cost, proof.worst, proof.routing)
 
 
-def test_expert_gradients_reduced_over_the_wrong_ranks_are_noticed_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expert_gradients_reduced_over_the_wrong_ranks_are_noticed_in_bf16(
+    alone_of: AloneOf, in_bf16: Shrunk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(proving, "FOLLOW", "tests.prove.sabotage:experts_reduced_like_dense_weights")
-    assert not in_bf16(4).holds
+    assert not hold_against(alone_of(in_bf16), in_bf16).holds
 
 
 def test_the_command_passes_the_precision_on(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -14,9 +14,10 @@ from megatron_joy.cli.main import main
 from megatron_joy.errors import UserError, WorkError
 from megatron_joy.prove import proof as proving
 from megatron_joy.prove.numbers import ParameterDifference, Routing, Step, Validation
-from megatron_joy.prove.proof import TIE, TOLERANCES, Proof, hold_against_one_process, prove
-from megatron_joy.prove.shrink import shrink
+from megatron_joy.prove.proof import TIE, TOLERANCES, Proof, hold_against, prove
+from megatron_joy.prove.shrink import Shrunk, shrink
 from megatron_joy.recipe import load_recipe
+from tests.prove.conftest import AloneOf
 
 TINY = load_recipe("joyai_tiny")
 
@@ -105,36 +106,43 @@ def test_a_world_that_memory_has_no_room_for_is_refused(capsys: pytest.CaptureFi
     assert capsys.readouterr().out == ""
 
 
-def sabotaged(how: str, monkeypatch: pytest.MonkeyPatch, *overrides: str, folder: Path | None = None) -> Proof:
+def small(*overrides: str) -> Shrunk:
+    return shrink(load_recipe("joyai_tiny", overrides), 2, proving.STEPS_BEFORE + 2)
+
+
+def sabotaged(how: str, monkeypatch: pytest.MonkeyPatch, alone_of: AloneOf, *overrides: str) -> Proof:
     monkeypatch.setattr(proving, "FOLLOW", f"tests.prove.sabotage:{how}")
-    return hold_against_one_process(shrink(load_recipe("joyai_tiny", overrides), 2, proving.STEPS_BEFORE + 2), folder)
+    layout = small(*overrides)
+    return hold_against(alone_of(layout), layout)
 
 
-def test_expert_gradients_reduced_over_the_wrong_ranks_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    proof = sabotaged("experts_reduced_like_dense_weights", monkeypatch)
+def test_expert_gradients_reduced_over_the_wrong_ranks_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, alone_of: AloneOf
+) -> None:
+    proof = sabotaged("experts_reduced_like_dense_weights", monkeypatch, alone_of)
     assert not proof.holds
     assert proof.differences["grad_norm"] > 1e-3
     assert "experts" in proof.worst.key
 
 
-def test_router_biases_that_resharding_lost_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    proof = sabotaged("biases_forgotten", monkeypatch)
+def test_router_biases_that_resharding_lost_are_noticed(monkeypatch: pytest.MonkeyPatch, alone_of: AloneOf) -> None:
+    proof = sabotaged("biases_forgotten", monkeypatch, alone_of)
     assert not proof.holds
     assert proof.worst.key.endswith("expert_bias")
 
 
 @pytest.mark.slow
-def test_norm_gradients_of_a_part_of_the_tokens_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norm_gradients_of_a_part_of_the_tokens_are_noticed(monkeypatch: pytest.MonkeyPatch, alone_of: AloneOf) -> None:
     one_replica = ["layout.expert_model_parallel_size=1", "layout.data_parallel_size=1"]
-    proof = sabotaged("norms_not_reduced", monkeypatch, "layout.tensor_model_parallel_size=2", *one_replica)
+    proof = sabotaged("norms_not_reduced", monkeypatch, alone_of, "layout.tensor_model_parallel_size=2", *one_replica)
     assert not proof.holds
     assert "norm" in proof.worst.key
 
 
-def test_a_failing_rank_ends_the_proof_with_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_failing_rank_ends_the_proof_with_its_reason(monkeypatch: pytest.MonkeyPatch, alone_of: AloneOf) -> None:
     with pytest.raises(WorkError, match=r"^joy prove, layout of 2: rank 1: MemoryError: no room for experts$"):
-        sabotaged("second_rank_fails", monkeypatch, folder=tmp_path)
-    assert (tmp_path / "logs" / "layout" / "rank_1.log").exists()
+        sabotaged("second_rank_fails", monkeypatch, alone_of)
+    assert (alone_of(small()).place / "logs" / "layout" / "rank_1.log").exists()
 
 
 def test_the_command_itself_needs_no_torch() -> None:
