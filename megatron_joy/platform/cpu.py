@@ -7,7 +7,8 @@ rotary tables) must see the real thing. Instead, as each `megatron.core` module 
 * its global name `torch` is rebound to a view of torch in which "cuda" means the CPU and gloo takes uneven parts,
 * the names of `REPLACEMENTS` are rebound,
 * in the functions of `REWRITES`, `tensor.cuda()` becomes `tensor.cpu()` and type names such as "torch.cuda.FloatTensor"
-  become the CPU's: methods of tensors can't be seen by one module only, so the functions' own names are changed.
+  become the CPU's: methods of tensors can't be seen by one module only, so the functions' own names are changed,
+* what `lean` lists is left out: it takes time at every start of a rank and is of no use here.
 
 `tests/platform` walks the two tables and fails with the entry's reason when the installed Megatron-core no longer has a
 name, so an upgrade can't silently lose one.
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_joy.platform import lean
 from megatron_joy.platform.adamw import GroupStepAdamW
 
 CPU = torch.device("cpu")
@@ -348,8 +350,14 @@ def _adapt(module: types.ModuleType) -> None:
 class _AdaptingLoader(SourceFileLoader):
     """Loads a module from its source as usual, then adapts it."""
 
+    def get_code(self, fullname: str) -> types.CodeType | None:
+        if fullname not in lean.COMPILED:
+            return super().get_code(fullname)
+        # Past the cache of bytecode, which other programs share.
+        return compile(lean.undecorated(self.get_data(self.path)), self.path, "exec")
+
     def exec_module(self, module: types.ModuleType) -> None:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), lean.without(lean.OPTIONAL.get(module.__name__)):
             # Each module says that there is no Transformer Engine and no apex: that is why we are here.
             warnings.simplefilter("ignore")
             super().exec_module(module)

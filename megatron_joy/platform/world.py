@@ -27,7 +27,9 @@ from typing import Any
 from megatron_joy.errors import UserError, WorkError
 from megatron_joy.platform.rendezvous import free_port
 
-PRELOADED = ["torch", "megatron_joy.platform.process", "megatron_joy.train.step"]
+PRELOADED = ["torch"] + [
+    f"megatron_joy.{name}" for name in ("platform.process", "train.step", "model.backends.portable")
+]
 START_PATIENCE = 120.0  # seconds for a forked rank to import what its function needs
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
