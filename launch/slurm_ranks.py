@@ -27,6 +27,7 @@ from megatron_joy.runstate import FENCE_VARIABLE, launch_folder
 COMMAND_SECONDS = 60
 PROBE_SECONDS = 60
 PROBES = 16  # at a time
+EXCLUDE_SECONDS = 15.0  # Slurm gives a job that is requeued no less to end (KillWait: 30 s if a site leaves it alone)
 GRACE_SECONDS = 20.0  # between the first failed rank and killing the others
 # What srun says when a task ends badly: node, tasks, how.
 TASK_ENDED = re.compile(r"^srun: error: (?P<node>[\w.-]+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)$")
@@ -218,6 +219,12 @@ def is_running(job: Job) -> bool:
     return " JobState=RUNNING " in f" {ask('scontrol', 'show', 'job', job.id, '--oneliner', check=False)} "
 
 
+def is_down(node: str) -> bool:
+    """Whether Slurm has set a node down, whatever else it says of it (as DOWN+COMPLETING+NOT_RESPONDING)."""
+    shown = re.search(r"\bState=(\S+)", ask("scontrol", "show", "node", node, "--oneliner", check=False))
+    return shown is not None and "DOWN" in re.split(r"[+*]", shown[1])
+
+
 def answers(job: Job, node: str) -> bool:
     """Whether a node of the allocation still starts a process."""
     place = (f"--jobid={job.id}", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={node}")
@@ -320,16 +327,24 @@ class SlurmPlace:
         return True
 
     def _exclude(self) -> None:
-        """Only a job that is queued takes it: a moment after the requeue. Those left out before stay out."""
+        """Only a job that is queued takes it: a moment after the requeue. Those left out before stay out.
+
+        Not where Slurm has set a node down: it gives no work there, and from a job that such a node was taken from it
+        takes no change before the requeue is through, which in turn waits for this script to end (a minute, as tried).
+        """
+        out = [node for node in sorted(self._left_out) if not is_down(node)]
+        if not out:
+            return
         shown = ask("scontrol", "show", "job", self.job.id, "--oneliner", check=False)
         before = re.search(r" ExcNodeList=(\S+)", shown)
         known = [before[1]] if before and before[1] != "(null)" else []
-        nodes = ",".join([*known, *sorted(self._left_out)])
-        for _ in range(50):
+        nodes = ",".join([*known, *out])
+        end, reason = time.monotonic() + EXCLUDE_SECONDS, ""
+        while time.monotonic() < end:
             try:
                 ask("scontrol", "update", f"JobId={self.job.id}", f"ExcNodeList={nodes}")
                 return
             except WorkError as error:
-                reason = error
+                reason = str(error)
                 time.sleep(0.2)
         print(f"note: {nodes} could not be excluded: {reason}", file=sys.stderr, flush=True)
