@@ -11,15 +11,29 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
+from typing import cast
 
 from megatron_joy.cli.main import main
+from megatron_joy.platform.stop_request import StopRequest
 from megatron_joy.runstate import FENCE_VARIABLE
+
+PATIENCE = 60.0
+
+
+def until_asked_to_stop() -> None:
+    """Returns when what asks a rank to checkpoint has come: within this update, however slow the machine."""
+    request = cast(MethodType, signal.getsignal(signal.SIGTERM)).__self__
+    assert isinstance(request, StopRequest)
+    end = time.monotonic() + PATIENCE
+    while not request.received and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def time_is_up() -> None:
     """What Slurm sends the batch script before the time is up."""
     subprocess.run(["scancel", "--batch", "--signal=USR1", os.environ["SLURM_JOB_ID"]], check=True)
-    time.sleep(1.0)  # it arrives while this update is computed
+    until_asked_to_stop()
 
 
 def freeze() -> None:
@@ -28,9 +42,9 @@ def freeze() -> None:
 
 
 def wait_for_the_worst() -> None:
-    """Tells the test that it is time, and goes on with the update when it must have come."""
+    """Tells the test that it is time, and goes on with the update when it has come."""
     Path(os.environ["JOY_PLANTED_MARK"]).write_text(os.environ["SLURMD_NODENAME"])
-    time.sleep(6)
+    until_asked_to_stop()
 
 
 ACTIONS: dict[str, Callable[[], None]] = {

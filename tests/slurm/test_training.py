@@ -117,28 +117,60 @@ def test_a_job_comes_through_its_time_limit_a_hang_and_a_lost_node(slurm: Cluste
     assert len(launch.numbers) == STEPS
 
 
+# After those of `make_staged_home`: updates 11 and 12.
+FOURTH_STAGE = """
+[[stages]]
+name = "last"
+steps = 2
+sequence_length = 64
+global_batch_size = 4
+micro_batch_size = 2
+end_lr = 5e-4
+lr_shape = "cosine"
+rope_theta = 40_000.0
+router_bias_update_rate = 0.0
+blend = [{ source = "letters" }]
+"""
+CHAIN_STEPS = STAGED_STEPS + 2
+
+
+def make_four_stages(folder: Path) -> Path:
+    """The staged home with a fourth stage."""
+    home = make_staged_home(folder)
+    recipe = home / "minuscule.toml"
+    text = recipe.read_text()
+    assert text.count(f"steps = {STAGED_STEPS}\n") == 1
+    recipe.write_text(text.replace(f"steps = {STAGED_STEPS}\n", f"steps = {CHAIN_STEPS}\n") + FOURTH_STAGE)
+    return home
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_a_chain_of_stages_ends_through_requeues_and_a_cancelled_job(slurm: Cluster, tmp_path: Path) -> None:
+def test_a_chain_of_four_stages_ends_through_a_requeue_of_each_and_a_cancelled_job(
+    slurm: Cluster, tmp_path: Path
+) -> None:
     (tmp_path / "home").mkdir()
-    home = make_staged_home(tmp_path / "home")
-    plan: Plan = {1: (0, 2, "time is up"), 3: (0, 6, "wait"), 5: (0, 9, "time is up")}
+    home = make_four_stages(tmp_path / "home")
+    up = "time is up"
+    plan: Plan = {1: (0, 2, up), 3: (0, 5, up), 4: (0, 6, "wait"), 6: (0, 8, up), 8: (0, 11, up)}
     launch = Launcher(slurm, home, tmp_path, plan)
     launch("--chain")
-    warmup, decay, long = launch.jobs
-    wait_until(launch.mark.exists, 1200, "the second stage")
+    warmup, decay, long, last = launch.jobs
+    wait_until(launch.mark.exists, 1200, "the second stage, requeued")
     slurm.run("scancel", decay)
     slurm.wait_for(decay, "CANCELLED")
-    wait_until(lambda: len(launch.outcomes(decay)) == 1, 60, "its last word")
-    slurm.wait_for(long, "CANCELLED")  # it depends on a stage that did not end
-    assert launch.outcomes(warmup) == [Outcome.STOPPED, Outcome.FINISHED]
-    assert launch.outcomes(decay) == [Outcome.STOPPED]  # it saved before it left
+    wait_until(lambda: len(launch.outcomes(decay)) == 2, 60, "its last word")
+    for job in (long, last):  # they depend on a stage that did not end
+        slurm.wait_for(job, "CANCELLED")
+    requeued = [Outcome.STOPPED, Outcome.FINISHED]
+    assert launch.outcomes(warmup) == requeued
+    assert launch.outcomes(decay) == [Outcome.STOPPED, Outcome.STOPPED]  # it saved before it left
     launch("--chain")
-    decay, long = launch.jobs
-    slurm.wait_for(long, "COMPLETED", seconds=900)
-    assert launch.outcomes(decay, long) == [Outcome.FINISHED, Outcome.STOPPED, Outcome.FINISHED]
+    decay, long, last = launch.jobs
+    slurm.wait_for(last, "COMPLETED", seconds=900)
+    assert launch.outcomes(decay) == [Outcome.FINISHED]
+    assert launch.outcomes(long) == launch.outcomes(last) == requeued
     quiet = train(home, tmp_path / "quiet", ONE)
     assert launch.numbers == numbers(quiet.rows)
-    assert len(launch.numbers) == STAGED_STEPS
     rows = read_lines(launch.run / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, STAGED_STEPS + 1))  # no step was trained twice
+    assert [row["step"] for row in rows] == list(range(1, CHAIN_STEPS + 1))  # no step was trained twice
