@@ -1,4 +1,4 @@
-"""What Megatron-core prepares on import and no CPU makes use of: left out, every start of a rank takes a third less.
+"""What Megatron-core prepares on import and no CPU makes use of: left out, every start of a rank is shorter by it.
 
 Ranks are separate processes, so what one imports is paid for as often as there are ranks, at every restart.
 """
