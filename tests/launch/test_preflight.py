@@ -92,7 +92,7 @@ def test_fit_nodes_are_fit_and_measured(home: Path, tmp_path: Path) -> None:
     for kind, share in (("all_reduce", 1.0), ("all_to_all", 0.5)):  # 2(n-1)/n and (n-1)/n of two ranks
         assert [row["bytes"] for row in measured["collectives"][kind]] == [1 << 16, 1 << 20, 1 << 23]
         for row in measured["collectives"][kind]:
-            assert row["bus"] == pytest.approx(share * row["bytes"] / row["seconds"], rel=0.5)
+            assert row["bus"] == pytest.approx(share * row["bytes"] / row["seconds"])
     assert 0 < measured["write_seconds"] < 60
     assert "node1" in printed and "fit" in printed
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["logs"]  # a run can begin here
