@@ -12,8 +12,10 @@ from tests.slurm_cluster import slurm, slurm_session
 __all__ = ["slurm", "slurm_session"]  # fixtures
 
 # Property tests look for new counterexamples where a person is there to read them. Under CI the same commit must give
-# the same verdict twice, so what a search has found becomes an example of its test.
-hypothesis.settings.register_profile("ci", derandomize=True)
+# the same verdict twice, so what a search has found becomes an example of its test, and no example fails for its time.
+hypothesis.settings.register_profile(
+    "ci", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
