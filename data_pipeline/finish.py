@@ -215,7 +215,7 @@ def tidy(job: Job) -> None:
     """Remove what killed workers left and the partitioned text, once the shards are whole."""
     remove_partial_files(job.folder)
     if not job.pipeline.output.keep_work:
-        for stage in ("read", "cluster", "overlap", "contamination", "score", "write"):
+        for stage in ("read", "regroup", "cluster", "overlap", "contamination", "score", "write"):
             shutil.rmtree(job.folder / WORK / stage, ignore_errors=True)
         if not job.pipeline.near_duplicates.keep_signatures:
             shutil.rmtree(job.folder / SIGNATURES, ignore_errors=True)

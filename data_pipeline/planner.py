@@ -13,6 +13,7 @@ import orjson
 
 from data_pipeline.config import Pipeline
 from data_pipeline.engine import Job, load_plan
+from data_pipeline.spool import MOST_AT_ONCE
 from data_pipeline.stages import STAGES
 from megatron_joy.data.ledger import load_ledger
 from megatron_joy.errors import UserError
@@ -93,7 +94,13 @@ def plan_data(pipeline: Pipeline, tokens: float, cores: int) -> dict[str, Any]:
     stages = [extrapolate(part, factor, ledger.steps[0].documents_in, cores) for part in parts]
     written = next(part.bytes for part in parts if part.stage == "write")
     cpu, wall = sum(part.cpu_seconds for part in parts), sum(part.wall_seconds for part in parts)
+    shards = math.ceil(job.plan.buckets.total * factor)
     notes = []
+    if shards > MOST_AT_ONCE and not any(part.stage == "regroup" for part in parts):
+        notes.append(
+            f"From {MOST_AT_ONCE + 1} shards on, all text is written and read once more (stage regroup), which the "
+            "sample did not need: it is not in these figures; a sample with smaller shards measures it."
+        )
     if made < SMALL:
         notes.append(f"The sample has {made:,} tokens: starting workers counts too much; {SMALL:,} or more say better.")
     return {
@@ -106,6 +113,6 @@ def plan_data(pipeline: Pipeline, tokens: float, cores: int) -> dict[str, Any]:
         "wall_hours": sum(stage["wall_hours"] for stage in stages),
         "shard_bytes": round(written * factor),
         "peak_disk_bytes": sum(stage["disk_bytes"] for stage in stages),
-        "shards": math.ceil(job.plan.buckets.total * factor),
+        "shards": shards,
         "assumptions": [*ASSUMPTIONS, *notes],
     }

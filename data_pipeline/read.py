@@ -72,13 +72,15 @@ class _SourceReader:
 
 
 def read_task(job: Job, shard: int) -> TaskResult:
-    """Read the pieces of one task. Documents go into buckets; what is none, and what a transform drops, is counted."""
+    """Read the pieces of one task. Documents go into buckets, or groups of them; what is none, and what a
+    transform drops, is counted.
+    """
     folder = job.task_folder("read", shard)
     data, index = spool_paths(folder)
     quarantine, samples = folder / QUARANTINE, folder / SAMPLES_NAME
-    sampler = Sampler()
+    sampler, buckets = Sampler(), job.plan.buckets
     with atomic_file(data) as stream, atomic_file(quarantine) as aside:
-        spool = SpoolWriter(stream, job.plan.buckets)
+        spool = SpoolWriter(stream, buckets.group_of_text, buckets.groups)
         sources = [_SourceReader(job, source.name, spool, aside, sampler) for source in job.pipeline.sources]
         for piece in job.plan.tasks[shard]:
             file = job.plan.inputs[piece.input]

@@ -59,15 +59,22 @@ def by_source(counts: Counter[int], job: Job) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def spools_of(job: Job) -> list[Path]:
+def read_spools(job: Job) -> list[Path]:
     """The folders of all read tasks' spools, in the order of the inputs."""
     return [job.task_folder("read", shard) for shard in range(len(job.plan.tasks))]
+
+
+def in_bucket(job: Job, bucket: int) -> Iterator[Spooled]:
+    """A bucket's documents in the order of the inputs, from wherever the last pass has put them."""
+    buckets = job.plan.buckets
+    grouped = buckets.in_group > 1
+    return read_bucket([job.task_folder("regroup", buckets.group_of(bucket))] if grouped else read_spools(job), bucket)
 
 
 def remaining(job: Job, bucket: int, losses: Losses) -> Iterator[Spooled]:
     """A bucket's documents that no earlier stage drops, in the order of the inputs; the others go into `losses`."""
     lists = ((NEAR, near_duplicates_of(job, bucket)), (CONTAMINATED, contaminated_of(job, bucket)))
-    for document in unique(read_bucket(spools_of(job), bucket), lambda copy: losses.add(EXACT, copy)):
+    for document in unique(in_bucket(job, bucket), lambda copy: losses.add(EXACT, copy)):
         reason = next((reason for reason, hashes in lists if document.hash in hashes), None)
         if reason is None:
             yield document

@@ -2,15 +2,17 @@
 
 A document's bucket follows from its text alone, so equal texts meet in one bucket, where all but the first are dropped,
 and a bucket is a random sample of the corpus. Each bucket becomes one shard; its documents are ordered there by a
-seeded hash. Nothing ever holds more than one bucket, or one run of a read task, in memory.
+seeded hash. Nothing ever holds more than one bucket, or one run of a read task, in memory. Of more than `MOST_AT_ONCE`
+buckets the first pass only reaches groups (regroup.py).
 
-A spool is one file of frames, one for each run and bucket, and an index, int64 [frames, 5]: bucket, offset, bytes,
+A spool is one file of frames, one for each run and place, and an index, int64 [frames, 5]: place, offset, bytes,
 documents, XXH3 of the frame. It isn't compressed: that would cost a fifth of the time that encoding takes. Few buckets
 get small runs, which stay in the processor's cache from parsing to writing; many get long ones, so that frames stay
 worth a disk's seek. Frames are mapped, and a text is copied out only when it is asked for.
 """
 
 import hashlib
+import math
 import mmap
 import struct
 from collections.abc import Callable, Iterator
@@ -28,6 +30,7 @@ from megatron_joy.errors import WorkError
 
 SMALLEST_RUN, LARGEST_RUN = 2_000_000, 64_000_000  # text that a read task gathers before it writes a run
 FRAME_BYTES = 250_000  # what a run should have for each bucket, within these bounds
+MOST_AT_ONCE = LARGEST_RUN // FRAME_BYTES  # buckets that documents can be put into in one pass with frames of this size
 HASH_BYTES = 16
 HEADER = struct.Struct("<16sIQIHHHI")  # hash, input, offset, part; bytes of licence, URL, language, text
 LONGEST_LICENCE, LONGEST_URL = 255, 4096  # bytes
@@ -72,6 +75,34 @@ class Buckets:
         """All buckets of both splits."""
         return self.train + self.validation
 
+    @property
+    def in_group(self) -> int:
+        """Buckets of a group. Where documents can't be put into all buckets at once they are put into groups first."""
+        return 1 if self.total <= MOST_AT_ONCE else math.isqrt(self.total - 1) + 1
+
+    @property
+    def groups(self) -> int:
+        """Groups of both splits; as many as there are buckets where one pass is enough."""
+        return self._train_groups + -(-self.validation // self.in_group)
+
+    @property
+    def _train_groups(self) -> int:
+        return -(-self.train // self.in_group)
+
+    def group_of(self, bucket: int) -> int:
+        """The group of a bucket; no group has buckets of both splits."""
+        if bucket < self.train:
+            return bucket // self.in_group
+        return self._train_groups + (bucket - self.train) // self.in_group
+
+    def group_of_text(self, text_hash: bytes) -> int:
+        """The group of a text by its hash."""
+        return self.group_of(self.bucket_of(text_hash))
+
+    def split_of_group(self, group: int) -> str:
+        """The split of a group's buckets."""
+        return SPLITS[0] if group < self._train_groups else SPLITS[1]
+
     def split_of(self, bucket: int) -> tuple[str, int]:
         """The split of a bucket and its number there."""
         return (SPLITS[0], bucket) if bucket < self.train else (SPLITS[1], bucket - self.train)
@@ -102,36 +133,39 @@ def frame_checksum(frame: bytes | memoryview) -> int:
 
 
 class SpoolWriter:
-    """Writes one read task's documents into `spool.bin` and `spool.npy`'s rows; bounded in memory."""
+    """Writes one task's documents into `spool.bin` and `spool.npy`'s rows; bounded in memory.
 
-    def __init__(self, stream: BinaryIO, buckets: Buckets) -> None:
+    place_of: the bucket, or group, of a text's hash; places: how many of them this task meets.
+    """
+
+    def __init__(self, stream: BinaryIO, place_of: Callable[[bytes], int], places: int) -> None:
         self._stream = stream
-        self._buckets = buckets
-        self._run = min(LARGEST_RUN, max(SMALLEST_RUN, buckets.total * FRAME_BYTES))
+        self._place_of = place_of
+        self._run = min(LARGEST_RUN, max(SMALLEST_RUN, places * FRAME_BYTES))
         self._gathered: dict[int, list[bytes | memoryview]] = {}
         self._size = 0
         self._offset = 0
         self._rows: list[tuple[int, int, int, int, int]] = []
 
     def add(self, document: Spooled) -> None:
-        """Put a document into its bucket."""
+        """Put a document into its place."""
         licence = (document.licence or "").encode()[:LONGEST_LICENCE]
         url = (document.url or "").encode()[:LONGEST_URL]
         language = (document.language or "").encode()
         sizes = (len(licence), len(url), len(language), document.size)
         header = HEADER.pack(document.hash, document.input, document.offset, document.part, *sizes)
         parts = (header + licence + url + language, document.view)
-        self._gathered.setdefault(self._buckets.bucket_of(document.hash), []).extend(parts)
+        self._gathered.setdefault(self._place_of(document.hash), []).extend(parts)
         self._size += document.size
         if self._size >= self._run:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was gathered as one run, bucket by bucket."""
-        for bucket, parts in sorted(self._gathered.items()):
+        """Write what was gathered as one run, place by place."""
+        for place, parts in sorted(self._gathered.items()):
             frame = b"".join(parts)
             self._stream.write(frame)
-            self._rows.append((bucket, self._offset, len(frame), len(parts) // 2, frame_checksum(frame)))
+            self._rows.append((place, self._offset, len(frame), len(parts) // 2, frame_checksum(frame)))
             self._offset += len(frame)
         self._gathered.clear()
         self._size = 0
@@ -172,14 +206,14 @@ def _parse(content: memoryview) -> Iterator[Spooled]:
         yield Spooled(digest, file, offset, licence, content[text_start:place], url, language, part)
 
 
-def _read_frames(folder: Path, bucket: int | None) -> Iterator[Spooled]:
-    """The documents of one spool, of one bucket or all, in the order of its frames.
+def _read_frames(folder: Path, wanted: int | None) -> Iterator[Spooled]:
+    """The documents of one spool, of one place (a bucket, or a group of them) or all, in the order of its frames.
 
     Raises WorkError when the spool is damaged or holds another number of documents than its index says.
     """
     data, index = spool_paths(folder)
     rows = np.load(index, allow_pickle=False)
-    chosen = rows if bucket is None else rows[rows[:, 0] == bucket]
+    chosen = rows if wanted is None else rows[rows[:, 0] == wanted]
     if not len(chosen):
         return
     with open(data, "rb") as stream:
@@ -197,7 +231,7 @@ def _read_frames(folder: Path, bucket: int | None) -> Iterator[Spooled]:
 
 
 def read_bucket(folders: list[Path], bucket: int) -> Iterator[Spooled]:
-    """A bucket's documents over all read tasks, in the order of the inputs; texts stay in the mapped file.
+    """A bucket's (or group's) documents over all spools, in the order of the inputs; texts stay in the mapped files.
 
     Raises WorkError as `_read_frames`.
     """

@@ -1,5 +1,5 @@
-"""The stages from text to shards: read (read.py), sign, cluster (dedup/), overlap, contamination (decontaminate/),
-tokenizer, score (score/), write (write.py), finish (finish.py).
+"""The stages from text to shards: read (read.py), regroup (regroup.py), sign, cluster (dedup/), overlap, contamination
+(decontaminate/), tokenizer, score (score/), write (write.py), finish (finish.py).
 
 Each task is a function of the job and its shard.
 """
@@ -19,9 +19,10 @@ from data_pipeline.engine import Job, Stage, TaskResult, statistics_of
 from data_pipeline.finish import finish_task
 from data_pipeline.inventory import MEGABYTE
 from data_pipeline.read import read_settings, read_task
+from data_pipeline.regroup import regroup_task, regroup_tasks
 from data_pipeline.score.stage import bound_settings, score_settings, score_task
-from data_pipeline.select import spools_of
-from data_pipeline.spool import read_bucket, spool_paths, unique
+from data_pipeline.select import in_bucket, read_spools
+from data_pipeline.spool import spool_paths, unique
 from data_pipeline.tokenizer import (
     COPIED_FILES,
     copy_tokenizer,
@@ -39,9 +40,10 @@ from megatron_joy.errors import UserError
 def _require_documents(job: Job) -> None:
     """Refuse a corpus that leaves a split without a document, before anything is trained or written."""
     documents: Counter[str] = Counter()
-    for folder in spools_of(job):
-        for bucket, _, _, number, _ in np.load(spool_paths(folder)[1], allow_pickle=False).tolist():
-            documents[job.plan.buckets.split_of(bucket)[0]] += number
+    for folder in read_spools(job):
+        rows = np.load(spool_paths(folder)[1], allow_pickle=False)
+        for group, number in enumerate(np.bincount(rows[:, 0], weights=rows[:, 3]).tolist()):
+            documents[job.plan.buckets.split_of_group(group)] += int(number)
     if not documents.total():
         dropped: Counter[str] = Counter()
         for task in statistics_of(job, "read", len(job.plan.tasks)):
@@ -61,7 +63,7 @@ def _sample(job: Job) -> Iterator[str]:
     """Training documents for the tokenizer: whole buckets, which are random samples, up to the size asked for."""
     room = job.pipeline.tokenizer.sample_megabytes * MEGABYTE
     for bucket in range(job.plan.buckets.train):
-        for document in unique(read_bucket(spools_of(job), bucket)):
+        for document in unique(in_bucket(job, bucket)):
             if room <= 0:
                 return
             room -= document.size
@@ -123,6 +125,7 @@ def _score_tasks(job: Job) -> int:
 
 STAGES = [
     Stage("read", "reading inputs", 5, (), read_settings, lambda job: len(job.plan.tasks), read_task),
+    Stage("regroup", "sorting groups into shards", 1, ("read",), lambda job: None, regroup_tasks, regroup_task),
     Stage("sign", "signing documents", 1, ("read",), near_settings, _near_tasks, sign_task),
     Stage(
         "cluster",
@@ -145,16 +148,30 @@ STAGES = [
         lambda job: int(job.pipeline.decontaminate.enabled),
         contamination_task,
     ),
-    Stage("tokenizer", "preparing the tokenizer", 2, ("read",), _tokenizer_settings, lambda job: 1, tokenizer_task),
+    Stage(
+        "tokenizer",
+        "preparing the tokenizer",
+        2,
+        ("read", "regroup"),
+        _tokenizer_settings,
+        lambda job: 1,
+        tokenizer_task,
+    ),
     # After the tokenizer, which looks at no scores: another scorer does not train it again.
     Stage(
-        "score", "scoring documents", 1, ("read", "cluster", "contamination"), score_settings, _score_tasks, score_task
+        "score",
+        "scoring documents",
+        1,
+        ("read", "regroup", "cluster", "contamination"),
+        score_settings,
+        _score_tasks,
+        score_task,
     ),
     Stage(
         "write",
         "encoding and writing",
         5,
-        ("read", "cluster", "contamination", "score", "tokenizer"),
+        ("read", "regroup", "cluster", "contamination", "score", "tokenizer"),
         lambda job: [job.pipeline.seed, bound_settings(job)],
         lambda job: job.plan.buckets.total,
         write_task,
@@ -163,7 +180,7 @@ STAGES = [
         "finish",
         "closing the accounts",
         2,
-        ("read", "cluster", "contamination", "score", "tokenizer", "write"),
+        ("read", "regroup", "cluster", "contamination", "score", "tokenizer", "write"),
         lambda job: job.plan.pipeline_sha256,
         lambda job: 1,
         finish_task,

@@ -68,6 +68,7 @@ def test_twenty_trillion_tokens_are_a_million_times_the_work_with_the_assumption
     assert "20T tokens on 256 cores" in printed
     assert "Workers keep their cores busy" in printed
     assert "starting workers counts too much" in printed
+    assert "once more (stage regroup)" in printed
 
 
 def test_a_pipeline_without_a_finished_sample_is_refused(

@@ -26,7 +26,7 @@ from megatron_joy.errors import WorkError
 def spool(folder: Path, texts: list[bytes], buckets: module.Buckets) -> None:
     data, index = spool_paths(folder)
     with open(data, "wb") as stream:
-        writer = SpoolWriter(stream, buckets)
+        writer = SpoolWriter(stream, buckets.bucket_of, buckets.total)
         for number, text in enumerate(texts):
             licence, url = ("MIT", None) if number % 2 else (None, f"https://example.org/{number}")
             language = "zh" if number % 3 else None
