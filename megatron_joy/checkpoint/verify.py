@@ -1,9 +1,10 @@
 """Reading every byte of a run's checkpoints and holding it against what was committed; without torch."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_joy.checkpoint.find import Problem, candidates, examine, read_candidate
+from megatron_joy.checkpoint.find import Problem, examine, read_candidate
 from megatron_joy.checkpoint.marker import Checkpoint
 from megatron_joy.data.checksum import Progress
 
@@ -30,12 +31,12 @@ def judge(path: Path, full: bool, progress: Progress = lambda _: None) -> Verdic
     return Verdict(path, checkpoint, () if isinstance(found, Checkpoint) else tuple(found))
 
 
-def verdicts(folder: Path, full: bool, progress: Progress = lambda _: None) -> list[Verdict]:
-    """`judge` for all of a run's `checkpoints`, newest first."""
-    return [judge(path, full, progress) for path in candidates(folder)]
+def verdicts(paths: Iterable[Path], full: bool, progress: Progress = lambda _: None) -> list[Verdict]:
+    """`judge` for each of these folders."""
+    return [judge(path, full, progress) for path in paths]
 
 
-def bytes_to_read(folder: Path) -> int:
-    """How many bytes a full verification reads, for a progress bar."""
-    marked = (read_candidate(path) for path in candidates(folder))
+def bytes_to_read(paths: Iterable[Path]) -> int:
+    """How many bytes a full verification of these folders reads, for a progress bar."""
+    marked = (read_candidate(path) for path in paths)
     return sum(found.marker.bytes for found in marked if isinstance(found, Checkpoint))

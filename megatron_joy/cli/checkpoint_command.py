@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from megatron_joy.checkpoint.find import open_checkpoint
-from megatron_joy.checkpoint.marker import RECIPE, Marker, unfinished_of
+from megatron_joy.checkpoint.find import candidates, open_checkpoint
+from megatron_joy.checkpoint.marker import MARKER, RECIPE, Marker, step_of, unfinished_of
 from megatron_joy.checkpoint.retention import Policy
 from megatron_joy.checkpoint.retention import prune as prune_folder
 from megatron_joy.checkpoint.verify import Verdict, bytes_to_read, verdicts
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 app = typer.Typer(help="List, verify, prune, merge, show and compare a run's checkpoints.", no_args_is_help=True)
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]
+RunOrCheckpoint = Annotated[
+    Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, or one checkpoint's.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 
 RECIPES = "as the run's recipe"
@@ -44,10 +47,10 @@ AGES = (("d", 86400), ("h", 3600), ("min", 60))
 
 
 @app.command("list", epilog="Example: joy checkpoint list runs/joyai_tiny")
-def list_command(run: Run, json_output: Json = False) -> None:
-    """Show every checkpoint: step, size, age, whether it is whole (marker and sizes), and who wrote it."""
-    folder = checkpoints_of(run)
-    found = verdicts(folder, full=False)
+def list_command(run: RunOrCheckpoint, json_output: Json = False) -> None:
+    """Show each checkpoint: step, size, age, whether it is whole (marker and sizes), and who wrote it."""
+    folder, paths = _checkpoints_in(run)
+    found = verdicts(paths, full=False)
     if json_output:
         print(json.dumps([as_json(verdict) for verdict in found], indent=2))
         return
@@ -62,12 +65,12 @@ def list_command(run: Run, json_output: Json = False) -> None:
 
 
 @app.command("verify", epilog="Example: joy checkpoint verify runs/joyai_tiny")
-def verify_command(run: Run, json_output: Json = False) -> None:
-    """Read every byte of every checkpoint and hold it against what was committed; exit 1 if something is broken."""
-    folder = checkpoints_of(run)
+def verify_command(run: RunOrCheckpoint, json_output: Json = False) -> None:
+    """Read every byte of each checkpoint and hold it against what was committed; exit 1 if something is broken."""
+    folder, paths = _checkpoints_in(run)
     with _bar() as bar:
-        task = bar.add_task("verifying", total=bytes_to_read(folder))
-        found = verdicts(folder, full=True, progress=lambda count: bar.advance(task, count))
+        task = bar.add_task("verifying", total=bytes_to_read(paths))
+        found = verdicts(paths, full=True, progress=lambda count: bar.advance(task, count))
     if json_output:
         print(json.dumps([as_json(verdict) for verdict in found], indent=2))
     else:
@@ -214,6 +217,14 @@ def _difference_text(row: "Difference") -> str:
         f"largest difference {row.max_absolute:.3e}, relative {row.max_relative:.3e}, "
         f"norms {row.norm_a:.6e} and {row.norm_b:.6e}{dtypes}"
     )
+
+
+def _checkpoints_in(path: Path) -> tuple[Path, list[Path]]:
+    """The folder to look into, and the checkpoints to look at: a run's, newest first, or the one that `path` is."""
+    if (path / MARKER).is_file() or (path.is_dir() and step_of(path.name) is not None):
+        return path, [path.absolute()]
+    folder = checkpoints_of(path)
+    return folder, candidates(folder)
 
 
 def checkpoints_of(run: Path) -> Path:

@@ -61,6 +61,24 @@ def test_verify_names_the_file_what_was_expected_and_what_was_found_and_exits_1(
     assert err.splitlines()[-1].startswith("error: 1 of 3 checkpoints")
 
 
+def test_a_checkpoint_outside_a_run_is_listed_and_verified_by_its_folder(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = (run / "checkpoints" / "step_00000002").rename(run / "imported")
+    assert main(["checkpoint", "list", str(alone)]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["checkpoint", "imported"]
+    monkeypatch.chdir(alone)
+    assert main(["checkpoint", "verify", "."]) == 0
+    assert capsys.readouterr().out == "imported: whole, 3 files, 2.1 kB\n"
+    _flip_a_byte(alone / "__1_0.distcp")
+    assert main(["checkpoint", "verify", str(alone)]) == 1
+    assert "imported: __1_0.distcp: expected blake3 " in capsys.readouterr().out
+    torn = run / "checkpoints" / "step_00000003"
+    (torn / "COMMITTED.json").unlink()
+    assert main(["checkpoint", "verify", str(torn)]) == 1
+    assert "step_00000003: COMMITTED.json: expected a whole marker" in capsys.readouterr().out
+
+
 def test_verify_as_json_exits_1_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _flip_a_byte(run / "checkpoints" / "step_00000002" / "__1_0.distcp")
     assert main(["checkpoint", "verify", str(run), "--json"]) == 1
