@@ -89,7 +89,9 @@ class TokenizerFolder:
 def _json_object(path: Path) -> dict[str, object]:
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a file that can be read") from None
+    except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); write the tokenizer's folder again") from None
     return content if isinstance(content, dict) else {}
 

@@ -285,6 +285,7 @@ def test_mixed_dtypes_are_named(folder: Path) -> None:
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     refused(tmp_path, r"config\.json: not there; expected a Hugging Face model folder")
+    refused(tmp_path / "model.safetensors", r"config\.json: not there; expected a Hugging Face model folder")
 
 
 def test_an_existing_checkpoint_is_not_overwritten(exported: Path, tmp_path: Path) -> None:
