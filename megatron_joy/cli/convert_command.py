@@ -61,19 +61,25 @@ def _sample(verify: bool, size: str | None, seed: int | None) -> "Sample":
 
 
 @contextmanager
-def _crew(executor: str, command: str) -> Iterator["Crew | None"]:
+def _crew(executor: str, command: str, workers: int | None) -> Iterator["Crew | None"]:
     """What starts the workers; None on a rank that was one, and has nothing left to do."""
-    from megatron_joy.convert.workers import processes
-
     if executor == "local":
+        from megatron_joy.convert.workers import processes
+
         yield processes
         return
     if executor != "mpi":
         raise UserError(f"--executor {executor}: expected local or mpi")
-    from megatron_joy.convert import mpi_workers
     from megatron_joy.platform.mpi import world
 
     comm = world(command)
+    if workers is not None:
+        if comm.rank:  # rank 0 says it for all
+            yield None
+            return
+        raise UserError("--workers: has no effect with --executor mpi, whose workers mpiexec starts; remove it")
+    from megatron_joy.convert import mpi_workers
+
     if comm.rank:
         mpi_workers.serve(comm)
         yield None
@@ -116,13 +122,13 @@ def to_hf_command(
     Proved unless --no-verify: every tensor (a sample of a model of more than 20 GB) is read back bit for bit and, for a
     model that fits into memory twice, the training model's logits on real text are compared with transformers'.
     """
-    from megatron_joy.convert.export_job import ExportOptions
-    from megatron_joy.convert.progress import shown_phases
-    from megatron_joy.convert.to_hf import to_hf
-
-    with _crew(executor, "joy convert to-hf CKPT --out DIR") as crew:
+    with _crew(executor, "joy convert to-hf CKPT --out DIR", workers) as crew:
         if crew is None:
             return
+        from megatron_joy.convert.export_job import ExportOptions
+        from megatron_joy.convert.progress import shown_phases
+        from megatron_joy.convert.to_hf import to_hf
+
         size = size_in_bytes(max_shard_size)
         sample = _sample(verify, verify_sample, verify_seed)
         options = ExportOptions(precision, family, size, vocab_size, tokenizer, verify, sample, workers)
@@ -215,12 +221,12 @@ def from_hf_command(
     With --recipe and --out RUN/checkpoints/step_00000000 the recipe becomes the run's too. No code of the folder is run
     and no pickle opened.
     """
-    from megatron_joy.convert.from_hf import from_hf
-    from megatron_joy.convert.progress import shown_phases
-
-    with _crew(executor, "joy convert from-hf DIR --out CKPT") as crew:
+    with _crew(executor, "joy convert from-hf DIR --out CKPT", workers) as crew:
         if crew is None:
             return
+        from megatron_joy.convert.from_hf import from_hf
+        from megatron_joy.convert.progress import shown_phases
+
         loaded = load_recipe(recipe) if recipe is not None else None
         with shown_phases() as phases:
             sample = _sample(verify, verify_sample, verify_seed)

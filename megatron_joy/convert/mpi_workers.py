@@ -14,7 +14,6 @@ import torch
 
 from megatron_joy.convert.progress import Advance
 from megatron_joy.convert.workers import Call, Crew, Finished, Job, Opener, Pool, nothing
-from megatron_joy.errors import UserError
 from megatron_joy.platform.mpi import receive, send
 
 
@@ -39,8 +38,6 @@ def crew_of(comm: Any) -> Iterator[Crew]:
     """Rank 0's side: what starts a conversion's pool; when the block ends, however it does, the others are let go."""
 
     def crew(job: Job, opener: Opener, asked: int | None) -> AbstractContextManager[Pool]:
-        if asked is not None:
-            raise UserError("--workers: has no effect with --executor mpi, whose workers mpiexec starts; remove it")
         return MpiWorkers(comm, opener)
 
     try:
