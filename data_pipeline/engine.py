@@ -9,9 +9,7 @@ kept, what it touches is made again.
 """
 
 import hashlib
-import os
 import re
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,6 +19,7 @@ from typing import Any
 import orjson
 
 from data_pipeline.config import Pipeline, pipeline_sha256
+from data_pipeline.cost import Stopwatch
 from data_pipeline.inventory import MEGABYTE, InputFile, Piece, take_inventory
 from data_pipeline.spool import SPLITS, Buckets, divide
 from megatron_joy.data.atomic import PARTIAL_MARK, write_atomically
@@ -173,23 +172,6 @@ def load_plan(pipeline: Pipeline) -> Plan:
     if plan.pipeline_sha256 != pipeline_sha256(pipeline):
         raise UserError(f"{path}: made for other settings of pipeline {plan.pipeline!r}; make the plan again")
     return plan
-
-
-class Stopwatch:
-    """What a task costs, from here on. `joy plan --data` extrapolates from it; no file's bytes depend on it."""
-
-    def __init__(self) -> None:
-        self._wall, self._cpu = time.monotonic(), self._cpu_seconds()
-
-    @staticmethod
-    def _cpu_seconds() -> float:
-        """User and system time of this process and of those it has waited for."""
-        return sum(os.times()[:4])
-
-    def cost(self, bytes_written: int) -> dict[str, float]:
-        """Seconds by the clock, seconds of CPU, bytes written."""
-        wall, cpu = time.monotonic() - self._wall, self._cpu_seconds() - self._cpu
-        return {"wall_seconds": round(wall, 4), "cpu_seconds": round(cpu, 4), "bytes_written": bytes_written}
 
 
 class Engine:

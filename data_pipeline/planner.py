@@ -28,19 +28,22 @@ ASSUMPTIONS = (
     "Workers keep their cores busy: core hours are seconds of CPU, and waiting for disks or networks is not planned.",
     f"The tokenizer costs what it cost here; {', '.join(sorted(SINGLE))} run on one core, however many there are.",
     "Finding near-duplicates grows with the tokens times the logarithm of the documents.",
+    "Memory of a worker: the most that a task of the sample had resident, files that it mapped and Python itself "
+    "included, programs that it started left out; it stays while shards keep their size.",
     "Disk: everything that all stages wrote is there at once until the run ends; inputs are not counted.",
 )
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a stage cost in the sample; bytes: what it wrote."""
+    """What a stage cost in the sample; bytes: what it wrote; peak_bytes: resident memory of its largest task."""
 
     stage: str
     tasks: int
     cpu_seconds: float
     wall_seconds: float
     bytes: int
+    peak_bytes: int
 
 
 def measure(job: Job) -> list[Measured]:
@@ -51,14 +54,15 @@ def measure(job: Job) -> list[Measured]:
         for shard in range(stage.shards(job)):
             path = job.record_path(stage.name, shard)
             try:
-                costs.append(orjson.loads(path.read_bytes())["cost"])
+                cost = orjson.loads(path.read_bytes())["cost"]
+                costs.append([cost[key] for key in ("cpu_seconds", "wall_seconds", "bytes_written", "peak_bytes")])
             except (FileNotFoundError, KeyError):
                 raise UserError(
                     f"{path}: no record of what the task cost; finish the sample run first (joy data run)"
                 ) from None
         if costs:
-            sums = [sum(cost[key] for cost in costs) for key in ("cpu_seconds", "wall_seconds", "bytes_written")]
-            found.append(Measured(stage.name, len(costs), *sums))
+            cpu, wall, written, peaks = zip(*costs, strict=True)
+            found.append(Measured(stage.name, len(costs), sum(cpu), sum(wall), sum(written), max(peaks)))
     return found
 
 
@@ -74,6 +78,7 @@ def extrapolate(part: Measured, factor: float, documents: int, cores: int) -> di
         "core_hours": seconds / HOUR,
         "wall_hours": seconds / HOUR / (1 if part.stage in SINGLE else cores),
         "disk_bytes": round(part.bytes * growth),
+        "worker_bytes": part.peak_bytes,
     }
 
 

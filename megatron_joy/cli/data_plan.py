@@ -29,7 +29,7 @@ def _table(plan: dict[str, Any]) -> Table:
     title = f"{plan['pipeline']}: {text.count(plan['tokens'])} tokens on {plan['cores']} cores"
     table = Table(title=escape(title), box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("stage", no_wrap=True)
-    for name in ("CPU seconds of the sample", "core hours", "by the clock", "disk"):
+    for name in ("CPU seconds of the sample", "core hours", "by the clock", "disk", "memory of a worker"):
         table.add_column(name, justify="right")
     for stage in plan["stages"]:
         table.add_row(
@@ -38,11 +38,13 @@ def _table(plan: dict[str, Any]) -> Table:
             text.count(stage["core_hours"]),
             text.duration(stage["wall_hours"] * HOUR),
             text.size(stage["disk_bytes"]),
+            text.size(stage["worker_bytes"]),
         )
     whole = (
         text.count(plan["core_hours"]),
         text.duration(plan["wall_hours"] * HOUR),
         text.size(plan["peak_disk_bytes"]),
+        text.size(max(stage["worker_bytes"] for stage in plan["stages"])),
     )
     table.add_row("all", f"{plan['sample']['cpu_seconds']:.1f}", *whole, style="bold")
     return table

@@ -46,11 +46,12 @@ def test_a_plan_for_the_sample_itself_is_what_its_tasks_cost(
 
 
 def test_what_grows_and_what_does_not() -> None:
-    write = extrapolate(Measured("write", 4, 36.0, 40.0, 1000), 100.0, 1000, cores=10)
+    write = extrapolate(Measured("write", 4, 36.0, 40.0, 1000, 7), 100.0, 1000, cores=10)
     assert (write["core_hours"], write["wall_hours"], write["disk_bytes"]) == (1.0, 0.1, 100_000)
-    tokenizer = extrapolate(Measured("tokenizer", 1, 36.0, 40.0, 1000), 100.0, 1000, cores=10)
+    assert write["worker_bytes"] == 7
+    tokenizer = extrapolate(Measured("tokenizer", 1, 36.0, 40.0, 1000, 7), 100.0, 1000, cores=10)
     assert (tokenizer["core_hours"], tokenizer["wall_hours"], tokenizer["disk_bytes"]) == (0.01, 0.01, 1000)
-    cluster = extrapolate(Measured("cluster", 1, 36.0, 40.0, 1000), 100.0, 1000, cores=10)
+    cluster = extrapolate(Measured("cluster", 1, 36.0, 40.0, 1000, 7), 100.0, 1000, cores=10)
     assert cluster["core_hours"] == pytest.approx(math.log2(100_000) / math.log2(1000))
     assert cluster["wall_hours"] == cluster["core_hours"]
 
