@@ -1,7 +1,7 @@
 """From what every task counted to the ledger: step by step what became of each source's documents."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from data_pipeline.engine import Job, statistics_of
@@ -10,8 +10,26 @@ from data_pipeline.select import CONTAMINATED, EXACT, NEAR
 from megatron_joy import __version__
 from megatron_joy.data.ledger import Ledger, Step
 from megatron_joy.data.manifest import Totals
+from megatron_joy.errors import UserError
 
 Statistics = list[dict[str, Any]]
+
+
+def refuse_empty_splits(job: Job, documents: Counter[str], reads: Callable[[], Statistics]) -> None:
+    """Raises UserError for a corpus that leaves a split empty. documents: by split; reads: for the reasons."""
+    if not documents.total():
+        dropped: Counter[str] = Counter()
+        for task in reads():
+            for source in task["sources"].values():
+                dropped.update(source["dropped"])
+        reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(dropped.items())) or "no records"
+        raise UserError(f"pipeline {job.pipeline.name}: empty corpus, no record is a document ({reasons})")
+    for split, share in (("train", 1 - job.plan.buckets.validation_share), ("validation", 1.0)):
+        if not documents[split] and share and (split == "train" or job.plan.buckets.validation):
+            raise UserError(
+                f"output.validation_share = {job.plan.buckets.validation_share}: leaves {split} empty with "
+                f"{documents.total()} documents; change it or give more documents"
+            )
 
 
 def _read_step(parts: Statistics) -> Step:
@@ -54,6 +72,8 @@ def _following(name: str, before: Step, dropped: Counter[str], sizes: Counter[st
 
 def _selections(job: Job) -> list[tuple[str, Any]]:
     """The steps after reading: name, and whether a reason is one of theirs."""
+    if not job.pipeline.output.shuffle:
+        return []
     found: list[tuple[str, Any]] = [("deduplicate", lambda reason: reason in (EXACT, NEAR))]
     if job.pipeline.decontaminate.enabled:
         found.append(("decontaminate", lambda reason: reason == CONTAMINATED))

@@ -137,6 +137,10 @@ class OutputSection(Section):
     folder: str = Field(description="Where, relative to where you start.")
     validation_share: Share = Field(0.01, description="Share of documents, chosen by a hash of their text.")
     shard_megabytes: PositiveFloat = Field(256.0, description="Text of one shard; a worker holds one in memory.")
+    shuffle: bool = Field(
+        True,
+        description="Globally, by a hash. Without it documents stay in the order of the inputs and copies are kept.",
+    )
     keep_work: bool = Field(False, description="Keep the partitioned text after the shards are whole.")
 
 
@@ -361,6 +365,27 @@ def _score_problems(sections: Sequence[ScoreSection]) -> Iterator[str]:
             yield f"{key}.only_kept: has no effect without a `keep` in a section before it; remove it"
 
 
+def _unshuffled_problems(pipeline: Pipeline) -> Iterator[str]:
+    """What needs documents to meet, or the random samples that a shuffle's buckets are."""
+    if pipeline.output.shuffle:
+        return
+    dead = {
+        "near_duplicates.enabled": pipeline.near_duplicates.enabled,
+        "decontaminate.enabled": pipeline.decontaminate.enabled,
+        "score": bool(pipeline.score),
+        "seed": "seed" in pipeline.model_fields_set,
+        "output.keep_work": pipeline.output.keep_work,
+    }
+    for key, found in dead.items():
+        if found:
+            yield f"{key}: has no effect with output.shuffle = false; remove one of the two"
+    if pipeline.tokenizer.vocab_size is not None:
+        yield (
+            "tokenizer.vocab_size: training one needs a random sample, which output.shuffle = false does not take; "
+            "train it with `joy tokenizer` or a shuffled pipeline and give tokenizer.folder"
+        )
+
+
 def problems_between(pipeline: Pipeline) -> list[str]:
     """What is wrong with keys together, one line each."""
     problems = [*_source_problems(pipeline), *_tokenizer_problems(pipeline.tokenizer)]
@@ -374,6 +399,7 @@ def problems_between(pipeline: Pipeline) -> list[str]:
         *_near_duplicate_problems(pipeline.near_duplicates),
         *_decontaminate_problems(pipeline.decontaminate),
         *_score_problems(pipeline.score),
+        *_unshuffled_problems(pipeline),
     ]
 
 

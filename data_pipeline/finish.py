@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from data_pipeline.accounts import make_ledger
+from data_pipeline.accounts import Statistics, make_ledger, refuse_empty_splits
 from data_pipeline.dedup.stage import SIGNATURES
 from data_pipeline.engine import (
     SHARD_FILE,
@@ -105,24 +105,24 @@ def _totals(parts: list[dict[str, int]]) -> Totals:
     return Totals(**{key: sum(part[key] for part in parts) for key in Totals.model_fields})
 
 
-def _token_counts(job: Job, tasks: list[int], identity: TokenizerIdentity) -> npt.NDArray[np.int64]:
+def _token_counts(job: Job, tasks: Statistics, identity: TokenizerIdentity) -> npt.NDArray[np.int64]:
     counts = np.zeros(identity.vocab_size, dtype=np.int64)
-    for shard in tasks:
-        counts += np.load(job.task_folder("write", shard) / "counts.npy", allow_pickle=False)
+    for task in tasks:
+        counts += np.load(job.folder / task["counts"], allow_pickle=False)
     return counts
 
 
-def _manifest(job: Job, split: str, writes: list[dict[str, Any]], records: int, dropped: Counter[str]) -> Manifest:
+def _manifest(job: Job, split: str, writes: Statistics, records: int, dropped: Counter[str]) -> Manifest:
     identity = TokenizerIdentity(**statistics_of(job, "tokenizer", 1)[0])
-    own = [number for number, task in enumerate(writes) if task["split"] == split and task["shard"]]
-    parts = [(name, totals) for number in own for name, totals in writes[number]["sources"].items()]
+    own = [task for task in writes if task["split"] == split and task["shard"]]
+    parts = [(name, totals) for task in own for name, totals in task["sources"].items()]
     elsewhere = sum(
         totals["documents"] for task in writes if task["split"] != split for totals in task["sources"].values()
     )
     reasons = dict(sorted(dropped.items())) | ({OTHER_SPLIT[split]: elsewhere} if elsewhere else {})
     names = [source.name for source in job.pipeline.sources]
-    languages = sorted({name for number in own for name in writes[number]["languages"]} - {UNKNOWN})
-    names_of = [item for number in own for item in writes[number]["languages"].items()]
+    languages = sorted({name for task in own for name in task["languages"]} - {UNKNOWN})
+    names_of = [item for task in own for item in task["languages"].items()]
     totals = _totals([part for _, part in parts])
     return Manifest(
         source=job.pipeline.name,
@@ -138,7 +138,7 @@ def _manifest(job: Job, split: str, writes: list[dict[str, Any]], records: int, 
         },
         unigram_entropy=unigram_entropy(_token_counts(job, own, identity)),
         score_columns=list(column_names(job.pipeline)),
-        shards=[ShardEntry(**writes[number]["shard"]) for number in own],
+        shards=[ShardEntry(**task["shard"]) for task in own],
         provenance=Provenance(
             pipeline=job.pipeline.name, pipeline_sha256=job.plan.pipeline_sha256, code_version=__version__
         ),
@@ -167,7 +167,7 @@ def _gather_quarantine(job: Job) -> Path:
     path = job.folder / QUARANTINE
     with atomic_file(path) as stream:
         for shard in range(len(job.plan.tasks)):
-            with open(job.task_folder("read", shard) / QUARANTINE, "rb") as part:
+            with open(job.task_folder(_reading(job), shard) / QUARANTINE, "rb") as part:
                 shutil.copyfileobj(part, stream)
     return path
 
@@ -177,7 +177,7 @@ def _gather_samples(job: Job, writes: list[dict[str, Any]]) -> Path:
     path = job.folder / SAMPLES_NAME
 
     def part(shard: int) -> list[dict[str, Any]]:
-        content = (job.task_folder("read", shard) / SAMPLES_NAME).read_bytes()
+        content = (job.task_folder(_reading(job), shard) / SAMPLES_NAME).read_bytes()
         return [orjson.loads(line) for line in content.splitlines()]
 
     rows = merge_samples([*map(part, range(len(job.plan.tasks))), *(task["samples"] for task in writes)])
@@ -195,10 +195,28 @@ def _shard_files(task: dict[str, Any]) -> list[OutputFile]:
     ]
 
 
+def _reading(job: Job) -> str:
+    """The stage that reads the inputs."""
+    return "read" if job.pipeline.output.shuffle else "stream"
+
+
+def _counted(job: Job) -> tuple[Statistics, Statistics]:
+    """What every task counted that read, and that wrote a shard."""
+    found = statistics_of(job, _reading(job), len(job.plan.tasks))
+    if job.pipeline.output.shuffle:
+        return found, statistics_of(job, "write", job.plan.buckets.total)
+    writes = [half for task in found for half in task["writes"]]
+    documents = Counter[str]()
+    for half in writes:
+        documents[half["split"]] += half["documents_in"]
+    reads = [task["read"] for task in found]
+    refuse_empty_splits(job, documents, lambda: reads)
+    return reads, writes
+
+
 def finish_task(job: Job, shard: int) -> TaskResult:
     """Close the accounts and publish one shard set for each split that has documents."""
-    reads = statistics_of(job, "read", len(job.plan.tasks))
-    writes = statistics_of(job, "write", job.plan.buckets.total)
+    reads, writes = _counted(job)
     records, dropped = close_accounts(reads, writes)
     files = [_gather_quarantine(job), _gather_samples(job, writes)]
     files.append(write_ledger(job.folder, make_ledger(job, reads, writes)))
@@ -215,7 +233,7 @@ def tidy(job: Job) -> None:
     """Remove what killed workers left and the partitioned text, once the shards are whole."""
     remove_partial_files(job.folder)
     if not job.pipeline.output.keep_work:
-        for stage in ("read", "regroup", "cluster", "overlap", "contamination", "score", "write"):
+        for stage in ("read", "regroup", "cluster", "overlap", "contamination", "score", "write", "stream"):
             shutil.rmtree(job.folder / WORK / stage, ignore_errors=True)
         if not job.pipeline.near_duplicates.keep_signatures:
             shutil.rmtree(job.folder / SIGNATURES, ignore_errors=True)

@@ -97,11 +97,11 @@ def plan_data(pipeline: Pipeline, tokens: float, cores: int) -> dict[str, Any]:
         raise UserError(f"output.folder = {pipeline.folder}: the sample has no token; give one with documents")
     factor = tokens / made
     stages = [extrapolate(part, factor, ledger.steps[0].documents_in, cores) for part in parts]
-    written = next(part.bytes for part in parts if part.stage == "write")
+    written = next(part.bytes for part in parts if part.stage in ("write", "stream"))
     cpu, wall = sum(part.cpu_seconds for part in parts), sum(part.wall_seconds for part in parts)
-    shards = math.ceil(job.plan.buckets.total * factor)
+    shards = math.ceil((job.plan.buckets.total if pipeline.output.shuffle else len(job.plan.tasks)) * factor)
     notes = []
-    if shards > MOST_AT_ONCE and not any(part.stage == "regroup" for part in parts):
+    if pipeline.output.shuffle and shards > MOST_AT_ONCE and not any(part.stage == "regroup" for part in parts):
         notes.append(
             f"From {MOST_AT_ONCE + 1} shards on, all text is written and read once more (stage regroup), which the "
             "sample did not need: it is not in these figures; a sample with smaller shards measures it."

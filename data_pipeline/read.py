@@ -1,11 +1,13 @@
 """The read stage: records of one task through its source's transforms into buckets, with accounts that close."""
 
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import orjson
 
-from data_pipeline.engine import Job, TaskResult
+from data_pipeline.engine import Job, OutputFile, TaskResult
 from data_pipeline.inventory import InputFile
 from data_pipeline.readers.base import Document, Rejected
 from data_pipeline.readers.open import read_piece
@@ -16,17 +18,19 @@ from megatron_joy.data.atomic import atomic_file, write_atomically
 from megatron_joy.data.ledger import SAMPLES_NAME
 
 QUARANTINE = "quarantine.jsonl"
+Take = Callable[[Spooled], None]
 
 
-class _SourceReader:
+class SourceReader:
     """What one read task does to one source's records, and what it counted.
 
     records = documents + dropped. `read`: what the reader gave to the transforms; documents, bytes_text: what was left.
+    take: gets each document that is left; aside: the file of records that are none.
     """
 
-    def __init__(self, job: Job, name: str, spool: SpoolWriter, aside: BinaryIO, sampler: Sampler) -> None:
+    def __init__(self, job: Job, name: str, take: Take, aside: BinaryIO, sampler: Sampler) -> None:
         sections = sections_for(job.pipeline.transforms, name)
-        self._name, self._spool, self._aside, self._sampler = name, spool, aside, sampler
+        self._name, self._take, self._aside, self._sampler = name, take, aside, sampler
         self._chain = Chain(sections) if sections else None
         self._read = {"documents": 0, "bytes_text": 0}
         self._records = self._documents = self._bytes_text = 0
@@ -57,7 +61,7 @@ class _SourceReader:
         self._documents += 1
         self._bytes_text += len(text)
         digest = text_hash(text)
-        self._spool.add(Spooled(digest, number, document.offset, licence, text, document.url, language, document.part))
+        self._take(Spooled(digest, number, document.offset, licence, text, document.url, language, document.part))
 
     def statistics(self) -> dict[str, Any]:
         """The accounts."""
@@ -71,17 +75,14 @@ class _SourceReader:
         }
 
 
-def read_task(job: Job, shard: int) -> TaskResult:
-    """Read the pieces of one task. Documents go into buckets, or groups of them; what is none, and what a
-    transform drops, is counted.
+def read_pieces(job: Job, shard: int, take: Take, folder: Path) -> tuple[dict[str, Any], list[OutputFile]]:
+    """Read the pieces of one task; `take` gets each document. What is none, and what a transform drops, is counted.
+
+    Returns the statistics, and the files of quarantine and samples that it wrote into `folder`.
     """
-    folder = job.task_folder("read", shard)
-    data, index = spool_paths(folder)
-    quarantine, samples = folder / QUARANTINE, folder / SAMPLES_NAME
-    sampler, buckets = Sampler(), job.plan.buckets
-    with atomic_file(data) as stream, atomic_file(quarantine) as aside:
-        spool = SpoolWriter(stream, buckets.group_of_text, buckets.groups)
-        sources = [_SourceReader(job, source.name, spool, aside, sampler) for source in job.pipeline.sources]
+    quarantine, samples, sampler = folder / QUARANTINE, folder / SAMPLES_NAME, Sampler()
+    with atomic_file(quarantine) as aside:
+        sources = [SourceReader(job, source.name, take, aside, sampler) for source in job.pipeline.sources]
         for piece in job.plan.tasks[shard]:
             file = job.plan.inputs[piece.input]
             source = sources[file.source]
@@ -90,14 +91,27 @@ def read_task(job: Job, shard: int) -> TaskResult:
                     source.reject(record, file)
                 else:
                     source.accept(record, piece.input, file)
+    write_atomically(samples, b"".join(orjson.dumps(row) + b"\n" for row in sampler.rows()))
+    names = [source.name for source in job.pipeline.sources]
+    statistics = {name: source.statistics() for name, source in zip(names, sources, strict=True)}
+    return {"sources": statistics}, [job.describe(quarantine), job.describe(samples)]
+
+
+def read_tasks(job: Job) -> int:
+    """As many as the plan has, unless documents go straight into shards (stream.py)."""
+    return len(job.plan.tasks) if job.pipeline.output.shuffle else 0
+
+
+def read_task(job: Job, shard: int) -> TaskResult:
+    """Read the pieces of one task. Documents go into buckets, or groups of them."""
+    folder, buckets = job.task_folder("read", shard), job.plan.buckets
+    data, index = spool_paths(folder)
+    with atomic_file(data) as stream:
+        spool = SpoolWriter(stream, buckets.group_of_text, buckets.groups)
+        statistics, files = read_pieces(job, shard, spool.add, folder)
         spool.flush()
     write_index(index, spool.index())
-    write_atomically(samples, b"".join(orjson.dumps(row) + b"\n" for row in sampler.rows()))
-    files = [job.describe_scratch(data), *map(job.describe, (index, quarantine, samples))]
-    names = [source.name for source in job.pipeline.sources]
-    return TaskResult(
-        files, {"sources": {name: source.statistics() for name, source in zip(names, sources, strict=True)}}
-    )
+    return TaskResult([job.describe_scratch(data), job.describe(index), *files], statistics)
 
 
 def read_settings(job: Job) -> Any:

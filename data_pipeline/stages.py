@@ -1,5 +1,6 @@
 """The stages from text to shards: read (read.py), regroup (regroup.py), sign, cluster (dedup/), overlap, contamination
-(decontaminate/), tokenizer, score (score/), write (write.py), finish (finish.py).
+(decontaminate/), tokenizer, score (score/), write (write.py), finish (finish.py); without a shuffle only tokenizer,
+stream (stream.py), finish.
 
 Each task is a function of the job and its shard.
 """
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.accounts import refuse_empty_splits
 from data_pipeline.config import Pipeline
 from data_pipeline.decontaminate.stage import contamination_settings, contamination_task, overlap_task
 from data_pipeline.dedup.stage import cluster_task, near_settings, sign_task
@@ -18,11 +20,12 @@ from data_pipeline.encode import oracle_of
 from data_pipeline.engine import Job, Stage, TaskResult, statistics_of
 from data_pipeline.finish import finish_task
 from data_pipeline.inventory import MEGABYTE
-from data_pipeline.read import read_settings, read_task
+from data_pipeline.read import read_settings, read_task, read_tasks
 from data_pipeline.regroup import regroup_task, regroup_tasks
 from data_pipeline.score.stage import bound_settings, score_settings, score_task
 from data_pipeline.select import in_bucket, read_spools
 from data_pipeline.spool import spool_paths, unique
+from data_pipeline.stream import stream_task, stream_tasks
 from data_pipeline.tokenizer import (
     COPIED_FILES,
     copy_tokenizer,
@@ -31,10 +34,9 @@ from data_pipeline.tokenizer import (
     save_tokenizer,
     train_tokenizer,
 )
-from data_pipeline.write import write_task
+from data_pipeline.write import write_task, write_tasks
 from megatron_joy.data.checksum import file_sha256
 from megatron_joy.data.manifest import TOKENIZER_FOLDER
-from megatron_joy.errors import UserError
 
 
 def _require_documents(job: Job) -> None:
@@ -44,19 +46,7 @@ def _require_documents(job: Job) -> None:
         rows = np.load(spool_paths(folder)[1], allow_pickle=False)
         for group, number in enumerate(np.bincount(rows[:, 0], weights=rows[:, 3]).tolist()):
             documents[job.plan.buckets.split_of_group(group)] += int(number)
-    if not documents.total():
-        dropped: Counter[str] = Counter()
-        for task in statistics_of(job, "read", len(job.plan.tasks)):
-            for source in task["sources"].values():
-                dropped.update(source["dropped"])
-        reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(dropped.items())) or "no records"
-        raise UserError(f"pipeline {job.pipeline.name}: empty corpus, no record is a document ({reasons})")
-    for split, share in (("train", 1 - job.plan.buckets.validation_share), ("validation", 1.0)):
-        if not documents[split] and share and (split == "train" or job.plan.buckets.validation):
-            raise UserError(
-                f"output.validation_share = {job.plan.buckets.validation_share}: leaves {split} empty with "
-                f"{documents.total()} documents; change it or give more documents"
-            )
+    refuse_empty_splits(job, documents, lambda: statistics_of(job, "read", len(job.plan.tasks)))
 
 
 def _sample(job: Job) -> Iterator[str]:
@@ -87,7 +77,8 @@ def check_tokenizer(pipeline: Pipeline) -> None:
 
 def tokenizer_task(job: Job, shard: int) -> TaskResult:
     """Train the tokenizer on a sample, or copy the given one, into the output folder."""
-    _require_documents(job)
+    if job.pipeline.output.shuffle:
+        _require_documents(job)
     section = job.pipeline.tokenizer
     folder = job.folder / TOKENIZER_FOLDER
     given = _given_tokenizer(job.pipeline)
@@ -124,7 +115,7 @@ def _score_tasks(job: Job) -> int:
 
 
 STAGES = [
-    Stage("read", "reading inputs", 5, (), read_settings, lambda job: len(job.plan.tasks), read_task),
+    Stage("read", "reading inputs", 5, (), read_settings, read_tasks, read_task),
     Stage("regroup", "sorting groups into shards", 1, ("read",), lambda job: None, regroup_tasks, regroup_task),
     Stage("sign", "signing documents", 1, ("read",), near_settings, _near_tasks, sign_task),
     Stage(
@@ -173,14 +164,15 @@ STAGES = [
         5,
         ("read", "regroup", "cluster", "contamination", "score", "tokenizer"),
         lambda job: [job.pipeline.seed, bound_settings(job)],
-        lambda job: job.plan.buckets.total,
+        write_tasks,
         write_task,
     ),
+    Stage("stream", "encoding and writing", 1, ("tokenizer",), lambda job: None, stream_tasks, stream_task),
     Stage(
         "finish",
         "closing the accounts",
         2,
-        ("read", "regroup", "cluster", "contamination", "score", "tokenizer", "write"),
+        ("read", "regroup", "cluster", "contamination", "score", "tokenizer", "write", "stream"),
         lambda job: job.plan.pipeline_sha256,
         lambda job: 1,
         finish_task,

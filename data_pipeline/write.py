@@ -1,7 +1,8 @@
 """One bucket becomes one shard: duplicates dropped, order shuffled, encoded, written with its documents' origins."""
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from data_pipeline.config import EncodeSection
-from data_pipeline.encode import Encoder, Ids, OracleDifference
+from data_pipeline.encode import Encoder, OracleDifference
 from data_pipeline.engine import Job, TaskResult, statistics_of
 from data_pipeline.native.library import kernels
 from data_pipeline.score.base import Scores
@@ -43,27 +44,57 @@ class Written:
     note: str | None
 
 
-def encode_in_batches(encoder: Encoder, texts: Sequence[Text]) -> Iterator[tuple[Ids, npt.NDArray[np.int64]]]:
-    """The texts' tokens and lengths, about `BATCH_BYTES` of text at a time; tokens last until the next batch."""
+class OpenShard:
+    """A shard that texts are encoded into, batch after batch; nothing of it is visible before `close`.
+
+    A context manager, which leaves nothing behind when its block fails.
+    """
+
+    def __init__(self, prefix: Path, encoder: Encoder, vocab_size: int) -> None:
+        self._encoder = encoder
+        self._writer = ShardWriter(prefix, token_dtype(vocab_size))
+        self._by_id = np.zeros(vocab_size, dtype=np.int64)
+        self._by_document = [np.zeros(0, dtype=np.int64)]
+        self._checked = 0
+
+    def add(self, texts: Sequence[bytes]) -> None:
+        """Encode and write texts, about `BATCH_BYTES` of them. Raises OracleDifference."""
+        before = self._encoder.checked
+        tokens, lengths = self._encoder.encode(texts)
+        self._checked += self._encoder.checked - before
+        self._writer.add(tokens, lengths)
+        kernels().joy_count(tokens, len(tokens), self._by_id, len(self._by_id))
+        self._by_document.append(lengths)
+
+    def close(self) -> Written:
+        """Let the shard appear; returns what was written."""
+        summary, encoder = self._writer.close(), self._encoder
+        by_document = np.concatenate(self._by_document)
+        return Written(summary, self._by_id, by_document, encoder.engine, self._checked, encoder.note)
+
+    def __enter__(self) -> "OpenShard":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._writer.abandon()
+
+
+def _batches(texts: Sequence[Text]) -> Iterator[list[bytes]]:
+    """The texts, about `BATCH_BYTES` of them at a time."""
     first, size = 0, 0
     for number, text in enumerate(texts, 1):
         size += len(text)
         if size >= BATCH_BYTES or number == len(texts):
-            yield encoder.encode([bytes(text) for text in texts[first:number]])
+            yield [bytes(text) for text in texts[first:number]]
             first, size = number, 0
 
 
 def write_tokens(prefix: Path, encoder: Encoder, texts: Sequence[Text], vocab_size: int) -> Written:
     """Encode texts into the shard `prefix`. Raises OracleDifference and then leaves nothing behind."""
-    by_id = np.zeros(vocab_size, dtype=np.int64)
-    by_document = [np.zeros(0, dtype=np.int64)]
-    with ShardWriter(prefix, token_dtype(vocab_size)) as writer:
-        for tokens, lengths in encode_in_batches(encoder, texts):
-            writer.add(tokens, lengths)
-            kernels().joy_count(tokens, len(tokens), by_id, vocab_size)
-            by_document.append(lengths)
-        summary = writer.close()
-    return Written(summary, by_id, np.concatenate(by_document), encoder.engine, encoder.checked, encoder.note)
+    with OpenShard(prefix, encoder, vocab_size) as shard:
+        for batch in _batches(texts):
+            shard.add(batch)
+        return shard.close()
 
 
 @lru_cache(maxsize=1)
@@ -78,17 +109,26 @@ def _encoder(folder: Path, identity: TokenizerIdentity, settings: EncodeSection)
     return Encoder(folder, identity, settings)
 
 
-def _write_checked(job: Job, prefix: Path, texts: Sequence[Text], identity: TokenizerIdentity) -> Written:
-    """As write_tokens; where gigatoken and the oracle differ, the whole shard is the oracle's."""
+def encoded_checked[Result](job: Job, name: str, write: Callable[[Encoder], Result]) -> Result:
+    """What `write` does with the job's encoder; where gigatoken and the oracle differ, again with the oracle alone.
+
+    name: of what is written, for the note.
+    """
+    identity = TokenizerIdentity(**statistics_of(job, "tokenizer", 1)[0])
     folder, settings = job.folder / TOKENIZER_FOLDER, job.pipeline.encode
     encoder = _encoder(folder, identity, settings)
     encoder.restart()
     try:
-        return write_tokens(prefix, encoder, texts, identity.vocab_size)
+        return write(encoder)
     except OracleDifference as difference:
         slow = Encoder(folder, identity, settings.model_copy(update={"engine": "huggingface"}))
-        slow.note = f"{difference}; {prefix.name} was encoded by the Hugging Face library"
-        return write_tokens(prefix, slow, texts, identity.vocab_size)
+        slow.note = f"{difference}; {name} was encoded by the Hugging Face library"
+        return write(slow)
+
+
+def vocabulary(job: Job) -> int:
+    """Entries of the job's tokenizer."""
+    return TokenizerIdentity(**statistics_of(job, "tokenizer", 1)[0]).vocab_size
 
 
 def origins_of(job: Job, documents: list[Spooled]) -> list[DocumentOrigin]:
@@ -100,6 +140,11 @@ def origins_of(job: Job, documents: list[Spooled]) -> list[DocumentOrigin]:
         place = (names[file.source], file.path, document.offset, document.licence, document.hash.hex(), document.size)
         found.append(DocumentOrigin(*place, document.url, document.language, document.part))
     return found
+
+
+def shard_prefix(job: Job, split: str, number: int) -> Path:
+    """The path of a shard without its endings."""
+    return job.folder / split / f"shard_{number:05d}"
 
 
 def count_by(names: Iterable[str], origins: list[DocumentOrigin], tokens: npt.NDArray[np.int64]) -> dict[str, Any]:
@@ -129,19 +174,63 @@ def _write_scores(prefix: Path, scores: Scores | None) -> dict[str, Any]:
     return {"scores": path.name, "scores_blake3": blake3(content.getvalue()).hexdigest()}
 
 
-def _unpublish(job: Job) -> None:
+def unpublish(job: Job, stage: str) -> None:
     """Take an earlier run's manifests away before the first of their shards changes: a mixture must not look whole.
 
-    Until then they stay: a run that stops early, at a mistake in its inputs, leaves what was published usable.
+    Until then they stay: a run that stops early, at a mistake in its inputs, leaves what was published usable. The
+    records of the other stage that writes shards of these names go too, which are no longer true.
     """
     for name in SPLITS:
         (job.folder / name / MANIFEST_NAME).unlink(missing_ok=True)
+    for other in {"write", "stream"} - {stage}:
+        shutil.rmtree(job.record_path(other, 0).parent, ignore_errors=True)
+
+
+def shard_result(
+    job: Job, prefix: Path, written: Written, origins: list[DocumentOrigin], folder: Path, scores: Scores | None = None
+) -> TaskResult:
+    """What is told of a shard whose tokens are written; writes its origins and scores, and its counts into `folder`."""
+    provenance = prefix.with_name(prefix.name + SUFFIX)
+    entry = ShardEntry(
+        name=prefix.name,
+        provenance=provenance.name,
+        provenance_blake3=write_origins(provenance, origins),
+        **_write_scores(prefix, scores),
+        **vars(written.summary),
+    )
+    counts = folder / f"counts_{prefix.parent.name}.npy"
+    with atomic_file(counts) as stream:
+        np.save(stream, written.by_id, allow_pickle=False)
+    files = [
+        job.describe(bin_path(prefix), entry.bin_blake3),
+        job.describe(idx_path(prefix), entry.idx_blake3),
+        job.describe(provenance, entry.provenance_blake3),
+        job.describe(counts),
+    ]
+    statistics = {
+        "sources": count_by((origin.source for origin in origins), origins, written.by_document),
+        "languages": count_by((origin.language or UNKNOWN for origin in origins), origins, written.by_document),
+        "lengths": count_lengths(written.by_document),
+        "shard": entry.model_dump(),
+        "counts": files[-1].path,
+        "engine": written.engine,
+        "checked": written.checked,
+        "note": written.note,
+    }
+    if entry.scores is not None:
+        files.append(job.describe(prefix.with_name(entry.scores), entry.scores_blake3))
+    return TaskResult(files, statistics)
+
+
+def write_tasks(job: Job) -> int:
+    """A task for each bucket, unless documents go straight into shards (stream.py)."""
+    return job.plan.buckets.total if job.pipeline.output.shuffle else 0
 
 
 def write_task(job: Job, shard: int) -> TaskResult:
     """The task of the write stage; an empty bucket gives no shard."""
     split, number = job.plan.buckets.split_of(shard)
-    identity = TokenizerIdentity(**statistics_of(job, "tokenizer", 1)[0])
+    entries = vocabulary(job)
     documents, scores, losses = select(job, shard)
     statistics: dict[str, Any] = {
         "split": split,
@@ -151,36 +240,11 @@ def write_task(job: Job, shard: int) -> TaskResult:
         "languages": {},
         "shard": None,
     }
-    _unpublish(job)
+    unpublish(job, "write")
     if not documents:
         return TaskResult([], statistics)
-    prefix = job.folder / split / f"shard_{number:05d}"
-    written = _write_checked(job, prefix, [document.view for document in documents], identity)
-    origins = origins_of(job, documents)
-    provenance = prefix.with_name(prefix.name + SUFFIX)
-    entry = ShardEntry(
-        name=prefix.name,
-        provenance=provenance.name,
-        provenance_blake3=write_origins(provenance, origins),
-        **_write_scores(prefix, scores),
-        **vars(written.summary),
-    )
-    counts = job.task_folder("write", shard) / "counts.npy"
-    with atomic_file(counts) as stream:
-        np.save(stream, written.by_id, allow_pickle=False)
-    statistics |= {
-        "sources": count_by((origin.source for origin in origins), origins, written.by_document),
-        "languages": count_by((origin.language or UNKNOWN for origin in origins), origins, written.by_document),
-        "lengths": count_lengths(written.by_document),
-        "shard": entry.model_dump(),
-    }
-    statistics |= {"engine": written.engine, "checked": written.checked, "note": written.note}
-    files = [
-        job.describe(bin_path(prefix), entry.bin_blake3),
-        job.describe(idx_path(prefix), entry.idx_blake3),
-        job.describe(provenance, entry.provenance_blake3),
-        job.describe(counts),
-    ]
-    if entry.scores is not None:
-        files.append(job.describe(prefix.with_name(entry.scores), entry.scores_blake3))
-    return TaskResult(files, statistics)
+    prefix = shard_prefix(job, split, number)
+    texts = [document.view for document in documents]
+    written = encoded_checked(job, prefix.name, lambda encoder: write_tokens(prefix, encoder, texts, entries))
+    result = shard_result(job, prefix, written, origins_of(job, documents), job.task_folder("write", shard), scores)
+    return TaskResult(result.files, statistics | result.statistics)

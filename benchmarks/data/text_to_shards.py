@@ -7,7 +7,8 @@ in its own process; CPU time is user + system of that process and its children. 
 measured by a run on 1 MB and taken off; both are printed.
   ours         joy data run, one worker: read, hash, deduplicate, split, shuffle, encode, check against the Hugging Face
                library, write shards with checksums, origins and manifests
-  cleaned      the same with three cheap transforms in the path: length, Unicode normal form, language
+  unshuffled   the same in one pass: output.shuffle = false, no copies dropped
+  cleaned      as ours with three cheap transforms in the path: length, Unicode normal form, language
   gigatoken    the limit: parse each line, encode it, drop the result
   shuffled     the limit of what shuffles more than fits into memory: parse, hash, write the text, read it in another
                order, encode, write the tokens with a checksum; no duplicates dropped, no accounts, no origins, no check
@@ -147,7 +148,7 @@ def run_huggingface(corpus: Path, tokenizer: Path, out: Path) -> int:
     return total + sum(len(row.ids) for row in loaded.encode_batch_fast(batch, add_special_tokens=False))
 
 
-def run_ours(corpus: Path, tokenizer: Path, out: Path, transforms: str = "") -> int:
+def run_ours(corpus: Path, tokenizer: Path, out: Path, transforms: str = "", shuffle: bool = True) -> int:
     """The whole pipeline with one worker; returns tokens, end-of-document tokens not counted."""
     from data_pipeline.run import run_pipeline
     from megatron_joy.data.manifest import load_manifest
@@ -156,11 +157,16 @@ def run_ours(corpus: Path, tokenizer: Path, out: Path, transforms: str = "") -> 
     pipeline.write_text(
         f'name = "benchmark"\n[[sources]]\nname = "corpus"\nreader = "jsonl"\npaths = ["{corpus}"]\n{transforms}'
         f'[tokenizer]\nfolder = "{tokenizer}"\n[output]\nfolder = "{out}/shards"\n'
-        "shard_megabytes = 64.0\nvalidation_share = 0.05\n"
+        f"shard_megabytes = 64.0\nvalidation_share = 0.05\nshuffle = {str(shuffle).lower()}\n"
     )
     run_pipeline(str(pipeline), workers=1)
     totals = [load_manifest(out / "shards" / split).totals for split in ("train", "validation")]
     return sum(total.tokens - total.documents for total in totals)
+
+
+def run_unshuffled(corpus: Path, tokenizer: Path, out: Path) -> int:
+    """As run_ours in one pass; returns tokens, those of copies among them."""
+    return run_ours(corpus, tokenizer, out, shuffle=False)
 
 
 def run_cleaned(corpus: Path, tokenizer: Path, out: Path) -> int:
@@ -170,6 +176,7 @@ def run_cleaned(corpus: Path, tokenizer: Path, out: Path) -> int:
 
 CONTENDERS = {
     "ours": run_ours,
+    "unshuffled": run_unshuffled,
     "cleaned": run_cleaned,
     "gigatoken": run_gigatoken,
     "shuffled": run_shuffled,
