@@ -12,6 +12,7 @@ measured by a run on 1 MB and taken off; both are printed.
   gigatoken    the limit: parse each line, encode it, drop the result
   shuffled     the limit of what shuffles more than fits into memory: parse, hash, write the text, read it in another
                order, encode, write the tokens with a checksum; no duplicates dropped, no accounts, no origins, no check
+  one_pass     the limit without a shuffle: parse, hash, encode, count the ids, write the tokens with a checksum
   huggingface  parse each line, encode with encode_batch_fast on one thread (on 10 MB of it)
 """
 
@@ -133,6 +134,38 @@ def run_shuffled(corpus: Path, tokenizer: Path, out: Path) -> int:
     return total
 
 
+def run_one_pass(corpus: Path, tokenizer: Path, out: Path) -> int:
+    """What one pass into counted, checksummed shards cannot do without, in the plainest form; returns tokens."""
+    import gigatoken
+    import numpy as np
+    from blake3 import blake3
+
+    from data_pipeline.native.library import kernels
+
+    encode = gigatoken.Tokenizer(tokenizer / "tokenizer.json").backend.encode
+    counts, end = np.zeros(1 << 18, dtype=np.int64), np.array([1], dtype=np.uint32)
+    checksum, hashes, total, batch, size = blake3(), set(), 0, [], 0
+    with open(out / "tokens", "wb") as sink:
+
+        def write() -> int:
+            encoded = [encode(content) for content in batch]
+            tokens = np.concatenate([part for ids in encoded for part in (ids, end)])
+            kernels().joy_count(tokens, len(tokens), counts, len(counts))
+            sink.write(tokens.data.cast("B"))
+            checksum.update(tokens.data.cast("B"))
+            return len(tokens) - len(batch)
+
+        for text in lines_of(corpus):
+            content = text.encode()
+            hashes.add(blake3(content).digest(length=16))
+            batch.append(content)
+            size += len(content)
+            if size >= BATCH:
+                total += write()
+                batch, size = [], 0
+        return total + (write() if batch else 0)
+
+
 def run_huggingface(corpus: Path, tokenizer: Path, out: Path) -> int:
     """Parse and encode in batches, nothing else; returns tokens."""
     from tokenizers import Tokenizer
@@ -180,6 +213,7 @@ CONTENDERS = {
     "cleaned": run_cleaned,
     "gigatoken": run_gigatoken,
     "shuffled": run_shuffled,
+    "one_pass": run_one_pass,
     "huggingface": run_huggingface,
 }
 
