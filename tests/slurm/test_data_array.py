@@ -3,31 +3,45 @@
 import json
 from pathlib import Path
 
+from megatron_joy.data.atomic import PARTIAL_MARK
 from tests.data_pipeline.corpora import digests, plan_inline, run_inline, texts, write_jsonl, write_pipeline
 from tests.slurm_cluster import Cluster
 
 TASKS = 16
 AFTER = "--kill-on-invalid-dep=yes"
 
-# Python, but for two tasks that die when they are started for the first time.
+# Python, but for tasks that die when they are started for the first time: at once, or with half of a shard written.
+# What such a task leaves behind is noted.
 FLAKY = """#!/bin/bash
 echo "$*" >> {log}
+first() {{ [[ "$*" == *"--stage write --shard $shard" ]] && mkdir {log}.$shard 2>/dev/null; }}
 for shard in {failing}; do
-    if [[ "$*" == *"--stage write --shard $shard" ]] && mkdir {log}.$shard 2>/dev/null; then kill -9 $$; fi
+    if first "$@"; then kill -9 $$; fi
+done
+for shard in {torn}; do
+    if first "$@"; then
+        "{python}" -m tests.slurm.killed_worker "${{@:3}}" &
+        wait $!
+        code=$?
+        find {out} -name ".*.bin.partial-$!" -exec stat --format="%s %n" {{}} + > {log}.$shard/left
+        exit $code
+    fi
 done
 exec "{python}" "$@"
 """
 
 
-def flaky_python(folder: Path, python: str, failing: str) -> Path:
+def flaky_python(folder: Path, **settings: object) -> Path:
     """An interpreter for JOY_PYTHON that logs its calls and fails the first write of some shards."""
     path = folder / "python"
-    path.write_text(FLAKY.format(log=folder / "calls", failing=failing, python=python))
+    path.write_text(FLAKY.format(log=folder / "calls", out=folder / "out", **settings))
     path.chmod(0o755)
     return path
 
 
-def test_an_array_with_two_tasks_that_fail_once_is_whole_and_merged_once(slurm: Cluster, tmp_path: Path) -> None:
+def test_an_array_with_tasks_that_die_once_at_once_or_in_mid_write_is_whole_and_merged_once(
+    slurm: Cluster, tmp_path: Path
+) -> None:
     write_jsonl(tmp_path / "in" / "a.jsonl", texts(780))
     pipeline = write_pipeline(tmp_path / "in", tmp_path / "out", shard_megabytes=0.013)
     engine = plan_inline(pipeline)
@@ -36,7 +50,8 @@ def test_an_array_with_two_tasks_that_fail_once_is_whole_and_merged_once(slurm: 
             engine.run_task(stage, shard)
     shards = len(engine.pending("write"))
     assert shards > TASKS  # some tasks have two shards
-    python = flaky_python(tmp_path, slurm.environment["JOY_PYTHON"], "3 11")
+    torn = (7, shards - 1)  # the last is the second of its task, whose first is done then
+    python = flaky_python(tmp_path, python=slurm.environment["JOY_PYTHON"], failing="3 11", torn=f"{torn[0]} {torn[1]}")
     export = f"--export=ALL,JOY_PYTHON={python},JOY_TASK_WAIT_SECONDS=0"
     log = f"--output={tmp_path}/%A_%a.out"
     job = slurm.sbatch(
@@ -45,10 +60,20 @@ def test_an_array_with_two_tasks_that_fail_once_is_whole_and_merged_once(slurm: 
     merge = slurm.sbatch(export, log, AFTER, f"--dependency=afterok:{job}", "slurm/data_merge.sbatch", str(pipeline))
     slurm.wait_for(merge, "COMPLETED")
     assert slurm.state(job) == "COMPLETED"
+    for shard in torn:
+        assert (
+            f"stage write shard {shard}: attempt 1 of 3 left with 137"
+            in (tmp_path / f"{job}_{shard % TASKS}.out").read_text()
+        )
+        size, partial = (tmp_path / f"calls.{shard}" / "left").read_text().split()  # what the kill left, and where
+        whole = Path(partial.replace("/.", "/").partition(PARTIAL_MARK)[0])
+        assert 0 < int(size) < whole.stat().st_size
+        assert not Path(partial).exists()  # it lay there until the merge
     calls = (tmp_path / "calls").read_text().splitlines()
     tried = sorted(int(call.rpartition(" ")[2]) for call in calls if "--stage write" in call)
-    assert tried == sorted([*range(shards), 3, 11])
+    assert tried == sorted([*range(shards), 3, 11, *torn])
     assert sum("data run" in call for call in calls) == 1
+    assert not list((tmp_path / "out").rglob(f".*{PARTIAL_MARK}*"))
     run_inline(write_pipeline(tmp_path / "in", tmp_path / "other", shard_megabytes=0.013))
     assert digests(tmp_path / "out") == digests(tmp_path / "other")
 
