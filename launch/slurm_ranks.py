@@ -271,6 +271,8 @@ class SlurmPlace:
             "--export=ALL",
             "--kill-on-bad-exit=0",  # a rank that fails must not kill one that saves
             "--wait=0",
+            # A step that lost a node may keep its cores on the others for good: Slurm waits for the dead node's word.
+            *(["--overlap"] if self._left_out else []),
             *self.step_options,
             *command,
         ]

@@ -40,6 +40,7 @@ PYTHON = """#!/bin/bash
 if [[ "$1 $2 $3" == "-m megatron_joy.cli.main pretrain" ]]; then set -- -m tests.slurm.planted_rank "${{@:3}}"; fi
 exec {python} "$@"
 """
+Numbers = list[tuple[float, ...]]
 Plan = dict[int, tuple[int, int, str]]
 
 
@@ -84,11 +85,23 @@ class Launcher:
         return numbers(last_rows(read_lines(self.run / "metrics.jsonl")))
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data and recipe."""
+    return make_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def quiet(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Numbers:
+    """The numbers of two ranks that nobody disturbs."""
+    return numbers(train(home, tmp_path_factory.mktemp("quiet") / "run", EP2, "checkpoint.interval=1").rows)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_a_job_comes_through_its_time_limit_a_hang_and_a_lost_node(slurm: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "home").mkdir()
-    home = make_home(tmp_path / "home")
+def test_a_job_comes_through_its_time_limit_a_hang_and_a_lost_node(
+    slurm: Cluster, home: Path, quiet: Numbers, tmp_path: Path
+) -> None:
     plan: Plan = {1: (0, 3, "time is up"), 2: (1, 6, "freeze"), 3: (1, 7, "wait")}
     launch = Launcher(slurm, home, tmp_path, plan)
     queued = launch("--nodes", "2", *EP2)
@@ -113,8 +126,33 @@ def test_a_job_comes_through_its_time_limit_a_hang_and_a_lost_node(slurm: Cluste
     assert "freeze" in (launch.run / "logs" / "rank_1.log").read_text()
     assert (lost.message, lost.nodes) == (f"no answer any more from {node}", (node,))
     assert node not in slurm.run("squeue", "--states=all", "-h", "-j", job, "-o", "%N")
-    assert launch.numbers == numbers(train(home, tmp_path / "quiet", EP2, "checkpoint.interval=1").rows)
+    assert launch.numbers == quiet
     assert len(launch.numbers) == STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_spare_takes_the_place_of_a_node_lost_in_mid_run_in_the_same_job(
+    slurm: Cluster, home: Path, quiet: Numbers, tmp_path: Path
+) -> None:
+    launch = Launcher(slurm, home, tmp_path, {1: (1, 4, "wait")})
+    launch("--nodes", "2", "--spares", "1", *EP2)
+    (job,) = launch.jobs
+    wait_until(launch.mark.exists, 300, "the fourth update")
+    node = launch.mark.read_text()
+    assert slurm.run("squeue", "-h", "-j", job, "-o", "%B") != node  # the batch host lives
+    slurm.kill_node(node)
+    slurm.wait_for(job, "COMPLETED", seconds=300)
+    shown = slurm.run("scontrol", "show", "job", job, "--oneliner")
+    assert " Restarts=0 " in shown, shown  # it went on in the allocation
+    lost, last = read_history(launch.run, f"Slurm job {job}")
+    assert lost.outcome in (Outcome.FAILED, Outcome.HUNG)  # srun may say nothing of a node that is gone
+    assert (lost.done, lost.message, lost.nodes) == (3, f"no answer any more from {node}", (node,))
+    assert last.outcome is Outcome.FINISHED
+    assert node not in launch.printed(job).partition("restart 1 of")[2]
+    rows = read_lines(launch.run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))  # from the checkpoint of the third
+    assert launch.numbers == quiet
 
 
 # After those of `make_staged_home`: updates 11 and 12.
