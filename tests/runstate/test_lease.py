@@ -28,7 +28,7 @@ def write(run: Path, holder: Holder) -> None:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.6)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 60.0)  # what lives is refused long before it is over
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.0)
     monkeypatch.setattr(lease, "_POLL_SECONDS", 0.02)
 
@@ -39,7 +39,8 @@ def test_a_living_launch_is_named_and_a_silent_one_is_nobody(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"Slurm job 7 \(process 4711 on another-host\) trains this run now"):
         refuse_if_held(tmp_path, "mine")
     refuse_if_held(tmp_path, FAR.launch)  # the same job, requeued
-    time.sleep(0.7)
+    ago = time.time() - 61
+    os.utime(launch_folder(tmp_path) / "lease.json", (ago, ago))
     refuse_if_held(tmp_path, "mine")
 
 
@@ -52,7 +53,8 @@ def test_a_launch_that_renews_while_it_is_watched_is_not_taken_over(tmp_path: Pa
     assert newest_claim(tmp_path) == 0
 
 
-def test_a_silent_launch_is_taken_over_whatever_its_clock_says(tmp_path: Path) -> None:
+def test_a_silent_launch_is_taken_over_whatever_its_clock_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.6)
     write(tmp_path, FAR)
     ahead = time.time() + 3600
     os.utime(launch_folder(tmp_path) / "lease.json", (ahead, ahead))

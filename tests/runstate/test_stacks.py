@@ -33,5 +33,5 @@ def test_a_stopped_rank_that_was_given_up_gives_its_stack_and_ends(tmp_path: Pat
     rank.send_signal(SIGNAL)
     rank.send_signal(LAST_SIGNAL)
     rank.send_signal(signal.SIGCONT)
-    assert rank.wait(timeout=30) == -LAST_SIGNAL
+    assert rank.wait(timeout=120) == -LAST_SIGNAL
     assert "Current thread" in log.read_text() and 'File "<string>", line 7' in log.read_text()

@@ -109,7 +109,7 @@ def run_joy(tmp_path: Path, *options: str, **variables: str) -> "subprocess.Comp
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=180,
     )
 
 

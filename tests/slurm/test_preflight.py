@@ -26,7 +26,7 @@ def run_job(slurm: Cluster, run: Path, nodes: int, unfit: list[str], *options: s
     batch.write_text(f"#!/bin/bash\nexec {supervisor} -- {rank}\n")
     asked = (f"--nodes={nodes}", "--ntasks-per-node=1", "--requeue", "--no-kill", "--open-mode=append")
     job = slurm.sbatch(*asked, f"--output={output}", str(batch))
-    wait_until(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), 120, "the job's end")
+    wait_until(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), 240, "the job's end")
     return job, output.read_text()
 
 
@@ -56,7 +56,7 @@ def test_a_preflight_that_blames_no_node_starts_nothing(slurm: Cluster, tmp_path
     supervisor = f"{sys.executable} -m launch.in_slurm --run {run} --preflight"
     batch.write_text(f"#!/bin/bash\nexec {supervisor} -- /bin/false pretrain\n")
     job = slurm.sbatch("--nodes=1", "--ntasks-per-node=1", f"--output={output}", str(batch))
-    wait_until(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), 60, "the job's end")
+    wait_until(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), 240, "the job's end")
     assert "error: preflight: left with exit code 1, and no node is to blame" in output.read_text()
     assert slurm.state(job) == "FAILED" and not (run / "launch" / "attempts.jsonl").exists()
 

@@ -26,7 +26,7 @@ def test_a_template_says_how_it_is_called_and_holds_no_secret(script: Path) -> N
     text = script.read_text(encoding="utf-8")
     assert re.search(rf"^#   (sbatch|bash) .*slurm/{script.name} ", text, re.MULTILINE)
     assert not SECRET.search(text)
-    called = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False, timeout=30)
+    called = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False, timeout=120)
     assert called.returncode == 2
     assert called.stderr.startswith("usage: ")
 
@@ -39,7 +39,7 @@ def test_slurm_would_run_a_template(slurm: Cluster, script: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=30,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"Job \d+ to start at .* on nodes n", done.stderr)
