@@ -14,8 +14,8 @@ from megatron_joy.data.atomic import atomic_file
 
 
 def regroup_tasks(job: Job) -> int:
-    """A task for each group; none where `read` reaches every bucket."""
-    return job.plan.buckets.groups if job.plan.buckets.in_group > 1 else 0
+    """A task for each group; none where `read` reaches every bucket, or where nothing is shuffled."""
+    return job.plan.buckets.groups if job.pipeline.output.shuffle and job.plan.buckets.in_group > 1 else 0
 
 
 def regroup_task(job: Job, group: int) -> TaskResult:

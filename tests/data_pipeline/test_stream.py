@@ -231,6 +231,17 @@ def test_an_empty_corpus_and_an_empty_split_are_refused_and_nothing_is_published
     assert not list(tmp_path.rglob("manifest.json"))
 
 
+def test_many_shards_need_no_groups(
+    corpus: Path, shuffled: Path, streamed: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from data_pipeline import spool
+
+    monkeypatch.setattr(spool, "MOST_AT_ONCE", 3)
+    engine = run_inline(stream_pipeline(corpus, shuffled, tmp_path / "out"))
+    assert engine.job.plan.buckets.in_group > 1
+    assert digests(tmp_path / "out") == digests(streamed.job.folder)
+
+
 def test_memory_is_a_batch_and_not_a_shard(
     corpus: Path, shuffled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
