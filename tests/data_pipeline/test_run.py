@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -176,26 +177,35 @@ def wait_for_records(out: Path, count: int, process: "subprocess.Popen[bytes]") 
         time.sleep(0.002)
 
 
+def start_and_kill(corpus: Path, folder: Path, records: int, whole_group: bool) -> tuple[Path, Path]:
+    """The pipeline and the output of a run that was killed after so many tasks, not of one that was over sooner."""
+    for attempt in range(10):
+        out = folder / str(attempt)
+        pipeline = write_pipeline(corpus, out)
+        process = start(pipeline)
+        wait_for_records(out, records, process)
+        with suppress(ProcessLookupError):
+            (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
+        if process.wait() == -signal.SIGKILL and not (out / "train" / "manifest.json").exists():
+            return pipeline, out
+    raise AssertionError("ten runs were over before they could be killed")
+
+
 @pytest.mark.parametrize(("records", "whole_group"), [(2, True), (7, True), (12, True), (9, False)])
 def test_a_killed_run_goes_on_to_the_same_bytes_and_redoes_nothing(
     corpus: Path, undisturbed: Path, tmp_path: Path, records: int, whole_group: bool
 ) -> None:
-    pipeline = write_pipeline(corpus, tmp_path)
-    process = start(pipeline)
-    wait_for_records(tmp_path, records, process)
-    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "train" / "manifest.json").exists()
+    pipeline, out = start_and_kill(corpus, tmp_path, records, whole_group)
     # The workers of a killed driver finish the task they are at and leave by themselves.
     if not whole_group:
         time.sleep(1)
-    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("work/tasks/*/*.json")}
+    done = {path: path.stat().st_mtime_ns for path in out.glob("work/tasks/*/*.json")}
     assert len(done) >= records
     outcome = run_pipeline(str(pipeline), workers=2)
-    assert digests(tmp_path) == digests(undisturbed)
+    assert digests(out) == digests(undisturbed)
     assert outcome.tasks_kept >= records
     assert all(path.stat().st_mtime_ns == changed for path, changed in done.items())
-    assert not list(tmp_path.rglob(".*partial*"))
+    assert not list(out.rglob(".*partial*"))
 
 
 def test_a_worker_that_is_killed_is_replaced(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:

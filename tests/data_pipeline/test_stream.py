@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +33,6 @@ from tests.data_pipeline.corpora import (
     write_jsonl,
     write_pipeline,
 )
-from tests.data_pipeline.test_run import start, wait_for_records
 
 
 @pytest.fixture(scope="module")
@@ -140,17 +142,33 @@ def test_the_bytes_are_the_same_for_any_number_of_workers(
     assert not (tmp_path / "out" / "work" / "stream").exists()
 
 
+def run_and_die(pipeline: str, shards: int) -> None:
+    """Run in this process, which SIGKILL ends when so many shards are written and the next one is about to appear."""
+    written, close = count(), write.OpenShard.close
+
+    def last(shard: write.OpenShard) -> write.Written:
+        if next(written) == shards:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return close(shard)
+
+    write.OpenShard.close = last  # type: ignore[method-assign]
+    run_inline(Path(pipeline))
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes(corpus: Path, shuffled: Path, streamed: Engine, tmp_path: Path) -> None:
     pipeline, out = stream_pipeline(corpus, shuffled, tmp_path / "out"), tmp_path / "out"
-    process = start(pipeline)
-    wait_for_records(out, 3, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    done = {path: path.stat().st_mtime_ns for path in out.glob("work/tasks/*/*.json")}
+    program = "import sys; from tests.data_pipeline.test_stream import run_and_die; run_and_die(sys.argv[1], 5)"
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    killed = subprocess.run([sys.executable, "-c", program, str(pipeline)], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(out.rglob(".*partial*"))
     assert not (out / "train" / "manifest.json").exists()
-    run_inline(pipeline)
+    done = {path: path.stat().st_mtime_ns for path in out.glob("work/tasks/*/*.json")}
+    assert len(done) >= 3
+    run_pipeline(str(pipeline), workers=1)
     assert digests(out) == digests(streamed.job.folder)
     assert all(path.stat().st_mtime_ns == changed for path, changed in done.items())
+    assert not list(out.rglob(".*partial*"))
 
 
 def test_transforms_are_in_the_path_and_their_losses_in_the_ledger(
