@@ -111,8 +111,10 @@ class Extractor:
             self._process.wait()
             for stream in (self._process.stdin, self._process.stdout):
                 assert stream is not None
-                with suppress(BrokenPipeError):
+                try:  # noqa: SIM105 - at the interpreter's end `suppress` may be gone before this object
                     stream.close()
+                except BrokenPipeError:
+                    pass
             self._process = None
 
     __del__ = close
