@@ -25,7 +25,7 @@ from data_pipeline.score.scorers import column_names
 from data_pipeline.spool import SPLITS
 from data_pipeline.tokenizer import COPIED_FILES
 from data_pipeline.transform.chain import account_problems, merge_samples
-from data_pipeline.write import UNKNOWN
+from data_pipeline.write import UNKNOWN, tokenizer_of
 from megatron_joy import __version__
 from megatron_joy.data.atomic import atomic_file, write_atomically
 from megatron_joy.data.ledger import SAMPLES_NAME, write_ledger
@@ -113,7 +113,7 @@ def _token_counts(job: Job, tasks: Statistics, identity: TokenizerIdentity) -> n
 
 
 def _manifest(job: Job, split: str, writes: Statistics, records: int, dropped: Counter[str]) -> Manifest:
-    identity = TokenizerIdentity(**statistics_of(job, "tokenizer", 1)[0])
+    identity = tokenizer_of(job)
     own = [task for task in writes if task["split"] == split and task["shard"]]
     parts = [(name, totals) for task in own for name, totals in task["sources"].items()]
     elsewhere = sum(

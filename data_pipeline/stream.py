@@ -21,8 +21,8 @@ from data_pipeline.write import (
     origins_of,
     shard_prefix,
     shard_result,
+    tokenizer_of,
     unpublish,
-    vocabulary,
 )
 from megatron_joy.data.provenance import DocumentOrigin
 
@@ -66,7 +66,7 @@ class _Sink:
 
     def __init__(self, job: Job, number: int, encoder: Encoder, stack: ExitStack) -> None:
         self._job, self._number, self._encoder, self._stack = job, number, encoder, stack
-        self._vocabulary = vocabulary(job)
+        self._vocabulary = tokenizer_of(job).vocab_size
         self.halves: dict[str, _Half] = {}
 
     def take(self, document: Spooled) -> None:

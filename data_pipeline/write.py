@@ -109,12 +109,17 @@ def _encoder(folder: Path, identity: TokenizerIdentity, settings: EncodeSection)
     return Encoder(folder, identity, settings)
 
 
+def tokenizer_of(job: Job) -> TokenizerIdentity:
+    """The tokenizer that the job's own stage made."""
+    return TokenizerIdentity(**statistics_of(job, "tokenizer", 1)[0])
+
+
 def encoded_checked[Result](job: Job, name: str, write: Callable[[Encoder], Result]) -> Result:
     """What `write` does with the job's encoder; where gigatoken and the oracle differ, again with the oracle alone.
 
     name: of what is written, for the note.
     """
-    identity = TokenizerIdentity(**statistics_of(job, "tokenizer", 1)[0])
+    identity = tokenizer_of(job)
     folder, settings = job.folder / TOKENIZER_FOLDER, job.pipeline.encode
     encoder = _encoder(folder, identity, settings)
     encoder.restart()
@@ -124,11 +129,6 @@ def encoded_checked[Result](job: Job, name: str, write: Callable[[Encoder], Resu
         slow = Encoder(folder, identity, settings.model_copy(update={"engine": "huggingface"}))
         slow.note = f"{difference}; {name} was encoded by the Hugging Face library"
         return write(slow)
-
-
-def vocabulary(job: Job) -> int:
-    """Entries of the job's tokenizer."""
-    return TokenizerIdentity(**statistics_of(job, "tokenizer", 1)[0]).vocab_size
 
 
 def origins_of(job: Job, documents: list[Spooled]) -> list[DocumentOrigin]:
@@ -230,7 +230,7 @@ def write_tasks(job: Job) -> int:
 def write_task(job: Job, shard: int) -> TaskResult:
     """The task of the write stage; an empty bucket gives no shard."""
     split, number = job.plan.buckets.split_of(shard)
-    entries = vocabulary(job)
+    entries = tokenizer_of(job).vocab_size
     documents, scores, losses = select(job, shard)
     statistics: dict[str, Any] = {
         "split": split,
