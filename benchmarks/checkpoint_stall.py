@@ -6,15 +6,16 @@ the mean of those alone just before and after its save. At the end one synchrono
 
     python benchmarks/checkpoint_stall.py [--recipe joyai_mini] [--cycles 5] [--plain 6] [--threads 1] [k=v ...]
 
-prints one JSON object; three figures are quartiles. On a CPU the thread that writes takes its share of the cores that
-compute; with fewer threads than cores it has one for itself, as on a machine whose GPUs compute. The promise is a ratio
-of at most 1.05. With one thread, seconds of CPU of the thread that computes tell more than the clock's where others use
-the machine too; what they can't tell is waiting, for Python's lock or for a core.
+prints one JSON object; three figures are quartiles, two the bounds of a median. On a CPU the thread that writes takes
+its share of the cores that compute; with fewer threads than cores it has one for itself, as on a machine whose GPUs
+compute. The promise is a ratio of at most 1.05. With one thread, seconds of CPU of the thread that computes tell more
+than the clock's where others use the machine too; what they can't tell is waiting, for Python's lock or for a core.
 """
 
 import argparse
 import itertools
 import json
+import math
 import statistics
 import tempfile
 import threading
@@ -143,22 +144,40 @@ def figures(alone: list[list[Seconds]], beside: list[list[Seconds]], outcomes: l
         without, within = ([[getattr(step, kind) for step in cycle] for cycle in cycles] for cycles in (alone, beside))
         around = [(before[-1] + after[0]) / 2 for before, after in itertools.pairwise(without)]
         ratios = [[seconds / mean for seconds in cycle] for cycle, mean in zip(within, around, strict=True)]
+        expected = [[mean] * len(cycle) for cycle, mean in zip(within, around, strict=True)]
         told |= {
             f"{kind}_alone": quartiles(itertools.chain(*without)),
             f"{kind}_beside": quartiles(itertools.chain(*within)),
             f"{kind}_ratio": quartiles(itertools.chain(*ratios)),
             f"{kind}_ratio_of_first_steps": quartiles(cycle[0] for cycle in ratios),
+            f"{kind}_ratio_95_percent": confidence(list(itertools.chain(*ratios))),
+            f"{kind}_ratio_of_sums": round(sum(map(sum, within)) / sum(map(sum, expected)), 3),
         }
     return told | {
+        "clock_ratio_of_first_steps_with_the_wait": with_the_wait(alone, beside, outcomes),
         "first_waited_seconds": round(outcomes[0].waited, 3),
         "waited_seconds": of_later_saves([one.waited for one in outcomes]),
         "seconds_to_commit": round(statistics.median(one.seconds for one in outcomes), 2),
     }
 
 
+def with_the_wait(alone: list[list[Seconds]], beside: list[list[Seconds]], outcomes: list[Outcome]) -> list[float]:
+    """The step that begins with the copy, by the clock, of those around it; later saves than the first."""
+    around = [(before[-1].clock + after[0].clock) / 2 for before, after in itertools.pairwise(alone)]
+    steps = zip(beside, outcomes, around, strict=True)
+    return quartiles([(cycle[0].clock + outcome.waited) / mean for cycle, outcome, mean in steps][1:])
+
+
 def quartiles(values: Iterable[float]) -> list[float]:
     """First, median, third."""
     return [round(value, 3) for value in statistics.quantiles(values, n=4, method="inclusive")]
+
+
+def confidence(values: Sequence[float]) -> list[float]:
+    """Between which order statistics the median lies with 95 % (binomial, in its normal approximation)."""
+    ordered, reach = sorted(values), 0.98 * len(values) ** 0.5
+    low = max(0, math.floor(len(values) / 2 - reach))
+    return [round(value, 3) for value in (ordered[low], ordered[len(values) - 1 - low])]
 
 
 def main() -> None:
