@@ -1,4 +1,7 @@
-"""`python -m data_pipeline.worker` that SIGKILL ends when half of its shard is on the disk: same arguments."""
+"""`python -m data_pipeline.worker` that SIGKILL ends when half of its shard is on the disk: same arguments.
+
+With JOY_TEST_WAIT in the environment it stops there instead, until somebody else kills it.
+"""
 
 import os
 import signal
@@ -20,6 +23,8 @@ def half_and_die(writer: ShardWriter, tokens: npt.NDArray[Any], lengths: npt.NDA
     first = lengths[: len(lengths) // 2]
     whole(writer, tokens[: int(first.sum())], first)
     writer._stream.flush()
+    if "JOY_TEST_WAIT" in os.environ:
+        signal.pause()
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_joy.data.atomic import PARTIAL_MARK
 from tests.data_pipeline.corpora import digests, plan_inline, run_inline, texts, write_jsonl, write_pipeline
-from tests.slurm_cluster import Cluster
+from tests.slurm_cluster import Cluster, wait_until
 
 TASKS = 16
 AFTER = "--kill-on-invalid-dep=yes"
@@ -75,6 +75,51 @@ def test_an_array_with_tasks_that_die_once_at_once_or_in_mid_write_is_whole_and_
     assert sum("data run" in call for call in calls) == 1
     assert not list((tmp_path / "out").rglob(f".*{PARTIAL_MARK}*"))
     run_inline(write_pipeline(tmp_path / "in", tmp_path / "other", shard_megabytes=0.013))
+    assert digests(tmp_path / "out") == digests(tmp_path / "other")
+
+
+# Python, but for the first start of shard 1, which stops with half of the shard written; notes on which node each ran.
+STUCK = """#!/bin/bash
+echo "$SLURMD_NODENAME $*" >> {log}
+if [[ "$*" == *"--stage write --shard 1" ]] && mkdir {log}.stuck 2>/dev/null; then
+    JOY_TEST_WAIT=1 exec "{python}" -m tests.slurm.killed_worker "${{@:3}}"
+fi
+exec "{python}" "$@"
+"""
+
+
+def test_what_a_lost_node_was_writing_is_written_on_another_and_the_array_is_whole(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "in" / "a.jsonl", texts(200))
+    pipeline = write_pipeline(tmp_path / "in", tmp_path / "out")
+    engine = plan_inline(pipeline)
+    for stage, shards in engine.unfinished():
+        for shard in shards if stage not in ("write", "finish") else ():
+            engine.run_task(stage, shard)
+    python, log = tmp_path / "python", tmp_path / "calls"
+    python.write_text(STUCK.format(log=log, python=slurm.environment["JOY_PYTHON"]))
+    python.chmod(0o755)
+    export, output = f"--export=ALL,JOY_PYTHON={python}", f"--output={tmp_path}/%A_%a.out"
+    shards = str(len(engine.pending("write")))
+    array = ("--array=0-2", "slurm/data_array.sbatch", str(pipeline), "write", shards, "3")
+    job = slurm.sbatch(export, output, *array)
+    merge = slurm.sbatch(export, output, AFTER, f"--dependency=afterok:{job}", "slurm/data_merge.sbatch", str(pipeline))
+
+    def half_written() -> list[Path]:
+        return [path for path in (tmp_path / "out").rglob(f".*.bin{PARTIAL_MARK}*") if path.stat().st_size]
+
+    wait_until(lambda: slurm.state(f"{job}_1") == "RUNNING" and len(half_written()) == 1, 60, "half a shard")
+    node = slurm.run("squeue", "--noheader", "--format=%N", f"--jobs={job}_1")
+    slurm.kill_node(node)
+    slurm.wait_for(merge, "COMPLETED")
+    calls = [
+        line.split(maxsplit=1) for line in log.read_text().splitlines() if line.endswith("--stage write --shard 1")
+    ]
+    first, second = (where for where, _ in calls)
+    assert first == node != second
+    assert half_written() == []
+    run_inline(write_pipeline(tmp_path / "in", tmp_path / "other"))
     assert digests(tmp_path / "out") == digests(tmp_path / "other")
 
 
