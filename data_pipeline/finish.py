@@ -43,6 +43,8 @@ from megatron_joy.data.shards import token_dtype
 from megatron_joy.errors import WorkError
 
 OTHER_SPLIT = {"train": "validation_split", "validation": "training_split"}
+# Stages with a folder under `work`.
+WITH_FILES = ("read", "regroup", "match", "verify", "cluster", "overlap", "contamination", "score", "write", "stream")
 
 
 def close_accounts(reads: list[dict[str, Any]], writes: list[dict[str, Any]]) -> tuple[int, Counter[str]]:
@@ -233,7 +235,7 @@ def tidy(job: Job) -> None:
     """Remove what killed workers left and the partitioned text, once the shards are whole."""
     remove_partial_files(job.folder)
     if not job.pipeline.output.keep_work:
-        for stage in ("read", "regroup", "cluster", "overlap", "contamination", "score", "write", "stream"):
+        for stage in WITH_FILES:
             shutil.rmtree(job.folder / WORK / stage, ignore_errors=True)
         if not job.pipeline.near_duplicates.keep_signatures:
             shutil.rmtree(job.folder / SIGNATURES, ignore_errors=True)

@@ -1,7 +1,7 @@
 """From the records of a sample run to core hours, wall time and disk for any number of tokens.
 
 Every task's record says what it cost. What a stage costs is taken to grow with the tokens; three things are not, and
-the plan says which: the tokenizer (one sample of a fixed size), stages of one task (no faster with more cores), and
+the plan says which: the tokenizer (one sample of a fixed size), stages of few tasks (no faster with more cores), and
 sorting for near-duplicates (each row takes part in as many comparisons as the logarithm of their number).
 """
 
@@ -19,14 +19,16 @@ from megatron_joy.data.ledger import load_ledger
 from megatron_joy.errors import UserError
 
 FIXED = "tokenizer"
-SORTED = "cluster"
-SINGLE = {"cluster", "contamination", "tokenizer", "finish"}  # stages of one task
+SORTED = {"match", "cluster"}
+# Stages of as many tasks as the sample had, whatever the size: one for each band, or one.
+FEW_TASKS = ("match", "cluster", "contamination", "tokenizer", "finish")
 HOUR = 3600.0
 SMALL = 20_000_000  # tokens of a sample below which the start-up of workers says more than their work
 ASSUMPTIONS = (
     "Every stage costs as much for a token as in the sample, and this machine's cores are like those of the plan.",
     "Workers keep their cores busy: core hours are seconds of CPU, and waiting for disks or networks is not planned.",
-    f"The tokenizer costs what it cost here; {', '.join(sorted(SINGLE))} run on one core, however many there are.",
+    "The tokenizer costs what it cost here; it, cluster, contamination and finish run on one core, match on as many as "
+    "there are bands, however many there are.",
     "Finding near-duplicates grows with the tokens times the logarithm of the documents.",
     "Memory of a worker: the most that a task of the sample had resident, files that it mapped and Python itself "
     "included, programs that it started left out; it stays while shards keep their size.",
@@ -69,14 +71,14 @@ def measure(job: Job) -> list[Measured]:
 def extrapolate(part: Measured, factor: float, documents: int, cores: int) -> dict[str, Any]:
     """A stage's cost for `factor` times the sample's tokens; documents: of the sample."""
     growth = 1.0 if part.stage == FIXED else factor
-    if part.stage == SORTED:
+    if part.stage in SORTED:
         growth *= max(1.0, math.log2(max(2.0, documents * factor)) / math.log2(max(2, documents)))
     seconds = part.cpu_seconds * growth
     return {
         "stage": part.stage,
         "sample_cpu_seconds": part.cpu_seconds,
         "core_hours": seconds / HOUR,
-        "wall_hours": seconds / HOUR / (1 if part.stage in SINGLE else cores),
+        "wall_hours": seconds / HOUR / (min(part.tasks, cores) if part.stage in FEW_TASKS else cores),
         "disk_bytes": round(part.bytes * growth),
         "worker_bytes": part.peak_bytes,
     }

@@ -114,6 +114,14 @@ class Buckets:
             return self.train + int(place % self.validation)
         return int(place % self.train)
 
+    def buckets_of(self, text_hashes: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+        """`bucket_of` for many hashes, uint8 [n, HASH_BYTES]: [n]."""
+        place = text_hashes[:, :8].copy().view("<u8")[:, 0]
+        part = text_hashes[:, 8:12].copy().view("<u4")[:, 0]
+        train, validation = place % np.uint64(self.train), place % np.uint64(max(1, self.validation))
+        chosen = np.where(part < self.validation_share * SPLIT_SCALE, validation + np.uint64(self.train), train)
+        return chosen.astype(np.int64)
+
 
 def divide(text_bytes: int, validation_share: float, shard_bytes: int) -> Buckets:
     """Buckets of about `shard_bytes` of text each; at least one for training, and one for validation if wanted."""

@@ -1,6 +1,6 @@
-"""The stages from text to shards: read (read.py), regroup (regroup.py), sign, cluster (dedup/), overlap, contamination
-(decontaminate/), tokenizer, score (score/), write (write.py), finish (finish.py); without a shuffle only tokenizer,
-stream (stream.py), finish.
+"""The stages from text to shards: read (read.py), regroup (regroup.py), sign, match, verify, cluster (dedup/), overlap,
+contamination (decontaminate/), tokenizer, score (score/), write (write.py), finish (finish.py); without a shuffle only
+tokenizer, stream (stream.py), finish.
 
 Each task is a function of the job and its shard.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from data_pipeline.accounts import refuse_empty_splits
 from data_pipeline.config import Pipeline
 from data_pipeline.decontaminate.stage import contamination_settings, contamination_task, overlap_task
-from data_pipeline.dedup.stage import cluster_task, near_settings, sign_task
+from data_pipeline.dedup.stage import cluster_task, match_task, near_settings, sign_task, verify_task
 from data_pipeline.encode import oracle_of
 from data_pipeline.engine import Job, Stage, TaskResult, statistics_of
 from data_pipeline.finish import finish_task
@@ -106,6 +106,11 @@ def _near_tasks(job: Job) -> int:
     return len(job.plan.tasks) if job.pipeline.near_duplicates.enabled else 0
 
 
+def _match_tasks(job: Job) -> int:
+    section = job.pipeline.near_duplicates
+    return section.bands if section.enabled else 0
+
+
 def _overlap_tasks(job: Job) -> int:
     return len(job.plan.tasks) if job.pipeline.decontaminate.enabled else 0
 
@@ -118,11 +123,13 @@ STAGES = [
     Stage("read", "reading inputs", 5, (), read_settings, read_tasks, read_task),
     Stage("regroup", "sorting groups into shards", 1, ("read",), lambda job: None, regroup_tasks, regroup_task),
     Stage("sign", "signing documents", 1, ("read",), near_settings, _near_tasks, sign_task),
+    Stage("match", "finding candidates", 1, ("sign",), near_settings, _match_tasks, match_task),
+    Stage("verify", "comparing candidates", 1, ("sign", "match"), near_settings, _near_tasks, verify_task),
     Stage(
         "cluster",
-        "finding near-duplicates",
-        1,
-        ("read", "sign"),
+        "choosing from near-duplicates",
+        2,
+        ("sign", "match", "verify"),
         near_settings,
         lambda job: int(job.pipeline.near_duplicates.enabled),
         cluster_task,

@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.dedup.bands import BANDS, candidate_probability
-from data_pipeline.dedup.cluster import Settings, candidate_pairs, exact_jaccard
+from data_pipeline.dedup.match import Settings, match_band
 from data_pipeline.dedup.minhash import GRAM, PERMUTATIONS, MinHash
-from data_pipeline.dedup.store import Store, open_part, write_part
+from data_pipeline.dedup.store import Store, write_part
+from data_pipeline.dedup.verify import distinct_pairs, exact_jaccard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from shared.corpus import environment_texts
@@ -110,8 +111,9 @@ def quality(documents: int) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_part(folder / "part", MinHash(), ((text.encode(), 0.0) for text in texts))
-        store = Store([open_part(folder / "part", MinHash())])
-        pairs = np.concatenate(list(candidate_pairs(store, Settings(), folder / "scratch")))
+        store, settings = Store([folder / "part"], MinHash(), earlier=0), Settings()
+        bands = [np.concatenate(list(match_band(store, band, settings, folder))) for band in range(settings.bands)]
+        pairs = np.concatenate(list(distinct_pairs(bands, settings.memory_rows)))
         similarity = exact_jaccard(store, pairs)
     rows = []
     for target in TARGETS:

@@ -52,31 +52,43 @@ def overlap_task(job: Job, shard: int) -> TaskResult:
     return TaskResult([job.describe(path)], {"documents_with_grams": found})
 
 
-def _rows(job: Job) -> Iterator[tuple[bytes, int, int, list[int]]]:
-    """(text hash, input, offset, n-grams) of each different text that holds some, near-duplicates left out."""
-    gone: set[bytes] = set()
-    for bucket in range(job.plan.buckets.total):
-        gone |= near_duplicates_of(job, bucket)
+def _hits(job: Job) -> Iterator[tuple[bytes, int, int, list[int]]]:
+    """(text hash, input, offset, n-grams) of every document that holds some."""
     for shard in range(len(job.plan.tasks)):
         with open(job.task_folder("overlap", shard) / HITS, "rb") as stream:
             for line in stream:
                 text, file, offset, grams = orjson.loads(line)
-                digest = bytes.fromhex(text)
-                if digest not in gone:
-                    gone.add(digest)
-                    yield digest, file, offset, grams
+                yield bytes.fromhex(text), file, offset, grams
+
+
+def _near_duplicates_among_hits(job: Job) -> set[bytes]:
+    """Hashes of texts that hold n-grams and go as near-duplicates of others; a bucket's list at a time is in memory."""
+    by_bucket: dict[int, set[bytes]] = {}
+    for digest, *_ in _hits(job):
+        by_bucket.setdefault(job.plan.buckets.bucket_of(digest), set()).add(digest)
+    return set().union(*(hashes & near_duplicates_of(job, bucket) for bucket, hashes in by_bucket.items()))
+
+
+def _different(job: Job, gone: set[bytes]) -> Iterator[tuple[bytes, int, int, list[int]]]:
+    """The hits of each different text that stays so far."""
+    seen = set(gone)
+    for hit in _hits(job):
+        if hit[0] not in seen:
+            seen.add(hit[0])
+            yield hit
 
 
 def contamination_task(job: Job, shard: int) -> TaskResult:
     """Make the whitelist, judge, list what goes for each bucket, and report it."""
     section, index = job.pipeline.decontaminate, index_of(job)
-    counts = count_unrelated(index, (np.array(grams) for *_, grams in _rows(job)))
+    gone = _near_duplicates_among_hits(job)
+    counts = count_unrelated(index, (np.array(grams) for *_, grams in _different(job, gone)))
     whitelist = whitelist_of(counts, section.common)
     buckets: dict[int, list[bytes]] = {bucket: [] for bucket in range(job.plan.buckets.total)}
     removed: dict[str, int] = {}
     report = job.folder / REPORT
     with atomic_file(report) as stream:
-        for digest, file, offset, grams in _rows(job):
+        for digest, file, offset, grams in _different(job, gone):
             finding = judge(index, whitelist, np.array(grams), section.least)
             if finding is None:
                 continue

@@ -22,14 +22,13 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return mixed
 
 
-def band_keys(signatures: Signatures, bands: int) -> npt.NDArray[np.uint64]:
-    """A key for each band of signatures [n, permutations]: uint64 [n, bands], the band's number is part of it.
+def band_key(signatures: Signatures, bands: int, band: int) -> npt.NDArray[np.uint64]:
+    """The key of one of `bands` bands of signatures [n, permutations]: uint64 [n], the band's number is part of it.
 
-    Different bands' contents share a key with a chance of 2^-64, and then cost a comparison.
+    Different contents share a key with a chance of 2^-64, and then cost a comparison.
     """
-    count, permutations = signatures.shape
-    keys = np.broadcast_to(_mix(np.arange(1, bands + 1, dtype=np.uint64)), (count, bands)).copy()
-    parts = signatures.reshape(count, bands, permutations // bands)
-    for place in range(permutations // bands):
-        keys = keys * np.uint64(ODD) + parts[:, :, place]
+    rows = signatures.shape[1] // bands
+    keys = np.repeat(_mix(np.array([band + 1], dtype=np.uint64)), len(signatures))
+    for place in range(band * rows, (band + 1) * rows):
+        keys = keys * np.uint64(ODD) + signatures[:, place]
     return _mix(keys)

@@ -7,7 +7,7 @@ key with more rows than that is held whole.
 
 import shutil
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,32 +66,43 @@ class RowSorter:
     def blocks(self) -> Iterator[Rows]:
         """All rows by key, in blocks; a key's rows are never divided between two. Afterwards the sorter is spent."""
         self._write_run()
-        runs: list[Rows] = [np.memmap(path, dtype=np.uint64, mode="r").reshape(-1, 2) for path in self._runs]
-        places = [0] * len(runs)
-        while any(place < len(run) for place, run in zip(places, runs, strict=True)):
-            yield self._next_block(runs, places)
+        yield from merged([read_rows(path) for path in self._runs], self._memory_rows)
         shutil.rmtree(self._folder)
 
-    def _next_block(self, runs: list[Rows], places: list[int]) -> Rows:
-        """The rows up to the least of the keys that end each run's next piece; advances `places`."""
 
-        def stop_of(run: npt.NDArray[np.uint64], place: int) -> int:
-            # Not searchsorted: it would copy the whole column.
-            return len(run) if limit is None else bisect_right(range(len(run)), limit, place, key=lambda i: run[i, 0])
+def read_rows(path: Path) -> Rows:
+    """The rows [n, 2] of a file, mapped."""
+    if not path.stat().st_size:
+        return np.zeros((0, 2), dtype=np.uint64)
+    return np.memmap(path, dtype=np.uint64, mode="r").reshape(-1, 2)
 
-        piece = max(1, self._memory_rows // max(1, len(runs)))
-        ends = [
-            int(run[place + piece - 1, 0])
-            for run, place in zip(runs, places, strict=True)
-            if place < len(run) and place + piece <= len(run)
-        ]
-        limit = min(ends, default=None)
-        stops = [stop_of(run, place) for run, place in zip(runs, places, strict=True)]
-        parts = [run[place:stop] for run, place, stop in zip(runs, places, stops, strict=True)]
-        places[:] = stops
-        rows = np.concatenate(parts)
-        sort_rows(rows)
-        return rows
+
+def merged(runs: Sequence[Rows], memory_rows: int) -> Iterator[Rows]:
+    """The rows of sorted runs by key, in blocks of about `memory_rows`; a key's rows are never divided between two."""
+    places = [0] * len(runs)
+    while any(place < len(run) for place, run in zip(places, runs, strict=True)):
+        yield _next_block(runs, places, memory_rows)
+
+
+def _next_block(runs: Sequence[Rows], places: list[int], memory_rows: int) -> Rows:
+    """The rows up to the least of the keys that end each run's next piece; advances `places`."""
+
+    def stop_of(run: Rows, place: int) -> int:
+        # Not searchsorted: it would copy the whole column.
+        return len(run) if limit is None else bisect_right(range(len(run)), limit, place, key=lambda i: run[i, 0])
+
+    piece = max(1, memory_rows // max(1, len(runs)))
+    ends = [
+        int(run[place + piece - 1, 0])
+        for run, place in zip(runs, places, strict=True)
+        if place < len(run) and place + piece <= len(run)
+    ]
+    limit = min(ends, default=None)
+    stops = [stop_of(run, place) for run, place in zip(runs, places, strict=True)]
+    rows = np.concatenate([run[place:stop] for run, place, stop in zip(runs, places, stops, strict=True)])
+    places[:] = stops
+    sort_rows(rows)
+    return rows
 
 
 def group_starts(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:

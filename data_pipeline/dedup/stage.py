@@ -1,26 +1,36 @@
-"""Near-duplicates as stages of a pipeline: `sign` (one task for each read task), `cluster` (one task).
+"""Near-duplicates as stages of a pipeline: `sign` and `verify` (a task for each read task), `match` (a task for each
+band), `cluster` (one task).
 
-`sign` writes a signature part of each read task's documents. `cluster` finds the clusters over all parts, with the
-parts of `near_duplicates.against` before them, and writes for each bucket the hashes of the texts that go. A text that
-is kept anywhere is never on that list: exact copies are the write stage's business.
+`sign` writes a signature part of each read task's documents. `match` pairs documents that agree in its band, over all
+parts, with the parts of `near_duplicates.against` before them. `verify` gathers all bands' pairs whose larger document
+is of its part and keeps those that are near-duplicates. `cluster` joins these, and writes for each bucket the hashes of
+the texts that go. A text that is kept anywhere is never on that list: exact copies are the write stage's business.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from data_pipeline.dedup.cluster import Clusters, Settings, find_clusters
+from data_pipeline.dedup.cluster import find_clusters
+from data_pipeline.dedup.external import MEMORY_ROWS, RowSorter, group_starts, read_rows, rows_of
+from data_pipeline.dedup.match import Settings, match_band
 from data_pipeline.dedup.minhash import MinHash, Numbers
-from data_pipeline.dedup.store import PART, Store, open_part, write_part
+from data_pipeline.dedup.store import PART, Store, write_part
+from data_pipeline.dedup.verify import distinct_pairs, near_pairs
 from data_pipeline.engine import Job, TaskResult
 from data_pipeline.spool import HASH_BYTES, read_all
-from megatron_joy.data.atomic import atomic_file, write_atomically
+from megatron_joy.data.atomic import atomic_file
 from megatron_joy.errors import UserError
 
 SIGNATURES = "signatures"
 TEXT_HASHES = "text_hashes.bin"
+OFFSETS, PAIRS, PLACES = "offsets.npy", "pairs.bin", "places.npy"
+DROPPED = "dropped.bin"
 
 
 def part_folder(job: Job, shard: int) -> Path:
@@ -43,12 +53,10 @@ def sign_task(job: Job, shard: int) -> TaskResult:
     return TaskResult([job.describe_scratch(path) for path in (*files, hashes)], {})
 
 
-def existing_parts(job: Job) -> list[Path]:
-    """The parts of earlier pipelines' `signatures` folders, in order. Raises UserError where there is none."""
+@lru_cache(maxsize=1)
+def _parts_of(folders: tuple[str, ...]) -> list[Path]:
     found = []
-    for folder in job.pipeline.near_duplicates.against:
-        if Path(folder).resolve() == (job.folder / SIGNATURES).resolve():
-            raise UserError(f"near_duplicates.against: {folder} is this pipeline's own; name only earlier pipelines'")
+    for folder in folders:
         parts = sorted(path.parent for path in Path(folder).glob(f"*/{PART}"))
         if not parts:
             raise UserError(
@@ -59,55 +67,140 @@ def existing_parts(job: Job) -> list[Path]:
     return found
 
 
-def _dropped_hashes(job: Job, clusters: Clusters, first: int) -> list[bytes]:
-    """Hashes of the texts that go, each once; `first`: number of this run's first document."""
-    parts = [part_folder(job, shard) / TEXT_HASHES for shard in range(len(job.plan.tasks))]
-    hashes = np.concatenate([np.fromfile(path, dtype=f"S{HASH_BYTES}") for path in parts])
+def earlier_parts(job: Job) -> list[Path]:
+    """The parts of earlier pipelines' `signatures` folders, in order. Raises UserError where there is none."""
+    folders = job.pipeline.near_duplicates.against
+    for folder in folders:
+        if Path(folder).resolve() == (job.folder / SIGNATURES).resolve():
+            raise UserError(f"near_duplicates.against: {folder} is this pipeline's own; name only earlier pipelines'")
+    return _parts_of(tuple(folders))
 
-    def of(numbers: Numbers) -> list[bytes]:
-        # numpy cuts zero bytes at the end of a string.
-        return [text.ljust(HASH_BYTES, b"\0") for text in hashes[numbers - first].tolist()]
 
-    gone, kept = clusters.dropped.T
-    here = kept >= first
-    return sorted(set(of(gone)) - set(of(kept[here])))
+def _store(job: Job, offsets: Numbers | None = None) -> Store:
+    earlier = earlier_parts(job)
+    own = [part_folder(job, number) for number in range(len(job.plan.tasks))]
+    return Store([*earlier, *own], MinHash(), len(earlier), offsets)
+
+
+def _settings(job: Job) -> Settings:
+    section = job.pipeline.near_duplicates
+    return Settings(section.threshold, section.bands)
+
+
+def _save(path: Path, numbers: Numbers) -> Path:
+    with atomic_file(path) as stream:
+        np.save(stream, numbers, allow_pickle=False)
+    return path
+
+
+def match_task(job: Job, band: int) -> TaskResult:
+    """Pair the documents that agree in one band; notes where each of this run's parts has its pairs."""
+    folder, store = job.task_folder("match", band), _store(job)
+    first_of_parts = store.offsets[len(earlier_parts(job)) :]
+    before = np.zeros(len(first_of_parts), dtype=np.int64)  # pairs before each of the parts, and all of them
+    with atomic_file(folder / PAIRS) as stream:
+        for rows in match_band(store, band, _settings(job), folder / "scratch"):
+            before += np.searchsorted(rows[:, 0], first_of_parts.astype(np.uint64))
+            stream.write(np.ascontiguousarray(rows).data)
+    files = [folder / PAIRS, _save(folder / PLACES, before), _save(folder / OFFSETS, store.offsets)]
+    return TaskResult([job.describe_scratch(path) for path in files], {"pairs": int(before[-1])})
+
+
+def verify_task(job: Job, shard: int) -> TaskResult:
+    """Keep the pairs of one part's documents, with each other and with earlier ones, that are near-duplicates."""
+    settings = _settings(job)
+    folders = [job.task_folder("match", band) for band in range(settings.bands)]
+    store = _store(job, np.load(folders[0] / OFFSETS, allow_pickle=False))
+    runs = []
+    for folder in folders:
+        start, stop = np.load(folder / PLACES, allow_pickle=False)[shard : shard + 2].tolist()
+        runs.append(read_rows(folder / PAIRS)[start:stop])
+    path = job.task_folder("verify", shard) / PAIRS
+    counts: Counter[str] = Counter(candidate_pairs=0, verified_pairs=0)
+    with atomic_file(path) as stream:
+        for candidates in distinct_pairs(runs, settings.memory_rows):
+            pairs = near_pairs(store, candidates, settings.threshold)
+            counts.update(candidate_pairs=len(candidates), verified_pairs=len(pairs))
+            stream.write(rows_of(pairs[:, 0], pairs[:, 1]).data)
+    return TaskResult([job.describe_scratch(path)], dict(counts))
+
+
+def _verified(job: Job) -> Iterator[Numbers]:
+    for shard in range(len(job.plan.tasks)):
+        rows = read_rows(job.task_folder("verify", shard) / PAIRS)
+        for start in range(0, len(rows), MEMORY_ROWS):
+            yield rows[start : start + MEMORY_ROWS].astype(np.int64)
+
+
+def _hashes_in_order(job: Job, store: Store, chosen: Iterable[Numbers], folder: Path, path: Path) -> RowSorter:
+    """Text hashes of documents that go, and of those that stay for them, into a file in the order of the inputs.
+
+    Returns (bucket, 2 x place of the hash in that file + 1 if it stays), to be sorted.
+    """
+    first = store.existing
+    by_number, by_bucket = RowSorter(folder / "numbers"), RowSorter(folder / "buckets")
+    for gone, kept in (pairs.T for pairs in chosen):
+        by_number.add(rows_of(gone, np.zeros_like(gone)))
+        here = np.unique(kept[kept >= first])
+        by_number.add(rows_of(here, np.ones_like(here)))
+    earlier, place = len(earlier_parts(job)), 0
+    with open(path, "wb") as stream:
+        for block in by_number.blocks():
+            edges = np.searchsorted(block[:, 0], store.offsets[earlier:].astype(np.uint64))
+            for shard in np.flatnonzero(np.diff(edges)).tolist():
+                rows = block[edges[shard] : edges[shard + 1]]
+                of_part = np.memmap(part_folder(job, shard) / TEXT_HASHES, np.uint8, "r").reshape(-1, HASH_BYTES)
+                hashes = of_part[rows[:, 0].astype(np.int64) - store.offsets[earlier + shard]]
+                stream.write(hashes.data)
+                places = np.arange(place, place + len(rows), dtype=np.uint64)
+                by_bucket.add(rows_of(job.plan.buckets.buckets_of(hashes), 2 * places + rows[:, 1]))
+                place += len(rows)
+    return by_bucket
+
+
+def _list_dropped(job: Job, store: Store, chosen: Iterable[Numbers], folder: Path) -> list[Path]:
+    """Write the hashes of the texts that go, each once, by bucket and in a bucket by hash; and where buckets start."""
+    scratch = folder / "scratch" / "hashes"
+    by_bucket = _hashes_in_order(job, store, chosen, folder / "scratch", scratch)
+    every = np.memmap(scratch, np.uint8, "r").reshape(-1, HASH_BYTES) if scratch.stat().st_size else None
+    counts = np.zeros(job.plan.buckets.total, dtype=np.int64)
+    with atomic_file(folder / DROPPED) as stream:
+        for block in by_bucket.blocks():
+            assert every is not None, "a row has a hash"
+            starts = group_starts(block[:, 0])
+            for rows in np.split(block, starts[1:-1]):
+                gone, kept = (_distinct(every, rows[rows[:, 1] % 2 == stays, 1] // 2) for stays in (0, 1))
+                listed = sorted(gone - kept)
+                counts[rows[0, 0]] = len(listed)
+                stream.write(b"".join(listed))
+    scratch.unlink()
+    return [folder / DROPPED, _save(folder / PLACES, np.concatenate([[0], np.cumsum(counts)]))]
+
+
+def _distinct(hashes: npt.NDArray[np.uint8], places: npt.NDArray[np.uint64]) -> set[bytes]:
+    return {row.tobytes() for row in hashes[places.astype(np.int64)]}
 
 
 def cluster_task(job: Job, shard: int) -> TaskResult:
-    """Find near-duplicates over all parts and list what goes, for each bucket."""
-    section, method = job.pipeline.near_duplicates, MinHash()
-    old = [open_part(folder, method, existing=True) for folder in existing_parts(job)]
-    new = [open_part(part_folder(job, number), method) for number in range(len(job.plan.tasks))]
-    folder = job.task_folder("cluster", 0)
-    settings = Settings(threshold=section.threshold, bands=section.bands)
-    clusters = find_clusters(Store([*old, *new]), settings, folder / "scratch")
-    buckets: dict[int, list[bytes]] = {bucket: [] for bucket in range(job.plan.buckets.total)}
-    for text in _dropped_hashes(job, clusters, sum(part.documents for part in old)):
-        buckets[job.plan.buckets.bucket_of(text)].append(text)
-    files = []
-    for bucket, hashes in buckets.items():
-        path = dropped_path(job, bucket)
-        write_atomically(path, b"".join(hashes))
-        files.append(job.describe(path))
-    sizes = {str(size): count for size, count in sorted(clusters.sizes.items())}
-    statistics: dict[str, Any] = {
-        "clusters_by_size": sizes,
-        "candidate_pairs": clusters.candidates,
-        "verified_pairs": clusters.verified,
-    }
-    return TaskResult(files, statistics)
-
-
-def dropped_path(job: Job, bucket: int) -> Path:
-    """The hashes of a bucket's texts that go, one after another."""
-    return job.task_folder("cluster", 0) / f"dropped_{bucket:05d}.bin"
+    """Find clusters over all parts and list what goes, for each bucket."""
+    store = _store(job, np.load(job.task_folder("match", 0) / OFFSETS, allow_pickle=False))
+    folder, sizes = job.task_folder("cluster", 0), Counter[int]()
+    (folder / "scratch").mkdir(parents=True, exist_ok=True)
+    chosen = find_clusters(store, _verified(job), folder / "scratch", sizes)
+    files = [job.describe(path) for path in _list_dropped(job, store, chosen, folder)]
+    (folder / "scratch").rmdir()
+    return TaskResult(files, {"clusters_by_size": {str(size): count for size, count in sorted(sizes.items())}})
 
 
 def near_duplicates_of(job: Job, bucket: int) -> set[bytes]:
     """Hashes of the texts of a bucket that are near-duplicates of others; none when the pipeline does not ask."""
     if not job.pipeline.near_duplicates.enabled:
         return set()
-    content = dropped_path(job, bucket).read_bytes()
+    folder = job.task_folder("cluster", 0)
+    start, stop = (HASH_BYTES * int(place) for place in np.load(folder / PLACES, mmap_mode="r")[bucket : bucket + 2])
+    with open(folder / DROPPED, "rb") as stream:
+        stream.seek(start)
+        content = stream.read(stop - start)
     return {content[place : place + HASH_BYTES] for place in range(0, len(content), HASH_BYTES)}
 
 
@@ -116,5 +209,5 @@ def near_settings(job: Job) -> Any:
     section = job.pipeline.near_duplicates
     if not section.enabled:
         return None
-    parts = [(folder / PART).read_text() for folder in existing_parts(job)]
+    parts = [(folder / PART).read_text() for folder in earlier_parts(job)]
     return [section.threshold, section.bands, parts, MinHash().fingerprint]

@@ -11,10 +11,10 @@ text; with them a part is all that later runs need to tell new documents from ol
 """
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from megatron_joy.errors import UserError
 
 PART = "part.json"
 FILES = ("signatures.bin", "documents.bin", "scores.bin", "shingles.bin")
+OPEN_PARTS = 1000
 ENTRY, SCORE = struct.Struct("<qq"), struct.Struct("<f")
 
 
@@ -56,12 +57,11 @@ def write_part(folder: Path, method: MinHash, documents: Iterable[tuple[bytes, f
 
 @dataclass(frozen=True)
 class Part:
-    """One part, read through memory maps. existing: published by an earlier run; such documents are never dropped."""
+    """One part, read through memory maps."""
 
     folder: Path
     documents: int
     permutations: int
-    existing: bool
 
     def _map(self, name: str, dtype: str) -> npt.NDArray[np.generic]:
         path = self.folder / name
@@ -78,15 +78,26 @@ class Part:
         return self._map("shingles.bin", "<u8")  # type: ignore[return-value]
 
     @cached_property
+    def _entries(self) -> Numbers:
+        return self._map("documents.bin", "<i8").reshape(-1, 2)  # type: ignore[return-value]
+
+    @property
     def sizes(self) -> Numbers:
         """Bytes of text [documents]."""
-        return self._map("documents.bin", "<i8").reshape(-1, 2)[:, 0]  # type: ignore[return-value]
+        return self._entries[:, 0]
 
-    @cached_property
-    def starts(self) -> Numbers:
-        """Where each document's set starts in `shingles`, and where the last ends [documents + 1]."""
-        starts = self._map("documents.bin", "<i8").reshape(-1, 2)[:, 1]
-        return np.append(starts, len(self.shingles)).astype(np.int64)
+    def bounds(self, rows: Numbers) -> tuple[Numbers, Numbers]:
+        """Where these documents' sets start in `shingles`, and where they end [n] each."""
+        starts, after = self._entries[:, 1], rows + 1
+        inside = after < self.documents
+        stops = np.full(len(rows), len(self.shingles), dtype=np.int64)
+        stops[inside] = starts[after[inside]]
+        return starts[rows], stops
+
+    def set_sizes(self, rows: Numbers) -> Numbers:
+        """How many different shingles these documents have [n]."""
+        starts, stops = self.bounds(rows)
+        return stops - starts
 
     @cached_property
     def scores(self) -> npt.NDArray[np.float32]:
@@ -94,7 +105,7 @@ class Part:
         return self._map("scores.bin", "<f4")  # type: ignore[return-value]
 
 
-def open_part(folder: Path, method: MinHash, existing: bool = False) -> Part:
+def open_part(folder: Path, method: MinHash) -> Part:
     """Open a part. Raises UserError when it is missing, torn, or was made by another method."""
     try:
         content = orjson.loads((folder / PART).read_bytes())
@@ -110,57 +121,63 @@ def open_part(folder: Path, method: MinHash, existing: bool = False) -> Part:
     for name, row in (("signatures.bin", 4 * permutations), ("documents.bin", 16), ("scores.bin", 4)):
         if sizes[name] != documents * row:
             raise UserError(f"{folder / name}: {sizes[name]} bytes, expected {documents * row}; sign them again")
-    return Part(folder, documents, permutations, existing)
+    return Part(folder, documents, permutations)
 
 
-@dataclass(frozen=True)
 class Store:
-    """Several parts as one: documents are numbered over all of them in their order."""
+    """Several parts as one: documents are numbered over all of them in their order.
 
-    parts: Sequence[Part]
+    A part is opened when it is asked for, and at most `OPEN_PARTS` are open at a time: a process may map so many files
+    only, and a corpus may have more.
+    """
 
-    @cached_property
-    def offsets(self) -> Numbers:
-        """Number of each part's first document, and of all documents at the end [parts + 1]."""
-        return np.cumsum([0, *(part.documents for part in self.parts)]).astype(np.int64)
+    def __init__(self, folders: Sequence[Path], method: MinHash, earlier: int, offsets: Numbers | None = None) -> None:
+        """Args:
+        folders: of the parts.
+        method: that they must have been made with.
+        earlier: how many of them, the first ones, are of earlier runs: their documents exist and are never dropped.
+        offsets: what `offsets` of a store of the same parts was; None: every part is opened once to know.
+        """
+        self.part = lru_cache(OPEN_PARTS)(lambda number: open_part(folders[number], method))
+        self._permutations = method.permutations
+        counts = (self.part(number).documents for number in range(len(folders)))
+        # Number of each part's first document, and of all documents at the end [parts + 1].
+        self.offsets = np.cumsum([0, *counts]).astype(np.int64) if offsets is None else offsets
+        self.existing = int(self.offsets[earlier])  # documents with a smaller number exist
 
-    def _owners(self, numbers: Numbers) -> Numbers:
-        return np.searchsorted(self.offsets, numbers, side="right") - 1
+    def _by_owner(self, numbers: Numbers) -> Iterator[tuple[npt.NDArray[np.bool_], Part, Numbers]]:
+        """(which of these documents, their part, their rows in it)."""
+        owners = np.searchsorted(self.offsets, numbers, side="right") - 1
+        for owner in np.unique(owners).tolist():
+            own = owners == owner
+            yield own, self.part(owner), numbers[own] - self.offsets[owner]
 
     def signatures(self, numbers: Numbers) -> Signatures:
         """Signatures [n, permutations] of these documents."""
-        found = np.empty((len(numbers), self.parts[0].permutations), dtype=np.uint32)
-        owners = self._owners(numbers)
-        for owner in np.unique(owners).tolist():
-            own = owners == owner
-            found[own] = self.parts[owner].signatures[numbers[own] - self.offsets[owner]]
+        found = np.empty((len(numbers), self._permutations), dtype=np.uint32)
+        for own, part, rows in self._by_owner(numbers):
+            found[own] = part.signatures[rows]
         return found
 
     def column(self, name: str, numbers: Numbers) -> npt.NDArray[np.float64]:
-        """A number of each of these documents [n]: sizes (bytes of text), scores, existing (1 or 0)."""
+        """A number of each of these documents [n]: sizes (bytes of text) or scores."""
         found = np.empty(len(numbers), dtype=np.float64)
-        owners = self._owners(numbers)
-        for owner in np.unique(owners).tolist():
-            own, part = owners == owner, self.parts[owner]
-            values = part.existing if name == "existing" else getattr(part, name)[numbers[own] - self.offsets[owner]]
-            found[own] = values
+        for own, part, rows in self._by_owner(numbers):
+            found[own] = getattr(part, name)[rows]
         return found
 
     def set_sizes(self, numbers: Numbers) -> Numbers:
         """How many different shingles these documents have [n]."""
         found = np.empty(len(numbers), dtype=np.int64)
-        owners = self._owners(numbers)
-        for owner in np.unique(owners).tolist():
-            own, part = owners == owner, self.parts[owner]
-            rows = numbers[own] - self.offsets[owner]
-            found[own] = part.starts[rows + 1] - part.starts[rows]
+        for own, part, rows in self._by_owner(numbers):
+            found[own] = part.set_sizes(rows)
         return found
 
     def sets(self, numbers: Numbers) -> tuple[Hashes, Numbers]:
-        """The shingle sets of these documents, one after another, and where each starts [n + 1]."""
-        parts = []
-        for number, owner in zip(numbers.tolist(), self._owners(numbers).tolist(), strict=True):
-            part, row = self.parts[owner], number - int(self.offsets[owner])
-            parts.append(part.shingles[part.starts[row] : part.starts[row + 1]])
-        starts = np.cumsum([0, *map(len, parts)]).astype(np.int64)
-        return np.concatenate([np.zeros(0, np.uint64), *parts]), starts
+        """The shingle sets of these documents, ascending numbers, one after another, and where each starts [n + 1]."""
+        found = [np.zeros(0, np.uint64)]
+        for _, part, rows in self._by_owner(numbers):
+            starts, stops = part.bounds(rows)
+            found += [part.shingles[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
+        starts = np.cumsum([0, *map(len, found[1:])]).astype(np.int64)
+        return np.concatenate(found), starts

@@ -54,6 +54,9 @@ def test_what_grows_and_what_does_not() -> None:
     cluster = extrapolate(Measured("cluster", 1, 36.0, 40.0, 1000, 7), 100.0, 1000, cores=10)
     assert cluster["core_hours"] == pytest.approx(math.log2(100_000) / math.log2(1000))
     assert cluster["wall_hours"] == cluster["core_hours"]
+    match = extrapolate(Measured("match", 16, 36.0, 40.0, 1000, 7), 100.0, 1000, cores=64)
+    assert match["core_hours"] == cluster["core_hours"]
+    assert match["wall_hours"] == match["core_hours"] / 16  # a task for each band, whatever the size
 
 
 def test_twenty_trillion_tokens_are_a_million_times_the_work_with_the_assumptions_printed(

@@ -81,6 +81,13 @@ def test_buckets_are_even() -> None:
     assert max(counts.values()) < 1.1 * min(counts.values())
 
 
+@given(st.lists(st.binary(min_size=16, max_size=16), max_size=50), st.integers(1, 10**6), st.integers(0, 10**5))
+def test_many_hashes_have_the_buckets_of_each_alone(hashes: list[bytes], train: int, validation: int) -> None:
+    buckets = module.Buckets(train, validation, 0.3 if validation else 0.0)
+    found = buckets.buckets_of(np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 16))
+    assert found.tolist() == [buckets.bucket_of(text) for text in hashes]
+
+
 def test_the_order_depends_on_seed_and_texts_not_on_arrival() -> None:
     documents = [Spooled(text_hash(str(n).encode()), n, 0, None, str(n).encode()) for n in range(500)]
     order = [document.input for document in shuffled(documents, 1)]

@@ -62,7 +62,7 @@ def test_wrong_stages_and_shards_and_early_tasks_are_refused(pipeline: Path) -> 
         (
             ["--stage", "reed", "--shard", "0"],
             2,
-            "no such stage; there are read, regroup, sign, cluster, overlap, contamination",
+            "no such stage; there are read, regroup, sign, match, verify, cluster, overlap, contamination",
         ),
         (["--stage", "read", "--shard", "99"], 2, "stage read has shards 0 to "),
         (["--stage", "write", "--shard", "0"], 1, "must be whole before the next one starts"),

@@ -1,6 +1,7 @@
 """Near-duplicates are found out of core as a plain search over all pairs does, and one of each cluster is kept."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -8,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.dedup.bands import band_keys, candidate_probability
-from data_pipeline.dedup.cluster import NEIGHBOURS, Settings, candidate_pairs, exact_jaccard, find_clusters
-from data_pipeline.dedup.external import RowSorter, group_starts, rows_of
-from data_pipeline.dedup.minhash import MinHash
+from data_pipeline.dedup import store as stores
+from data_pipeline.dedup.bands import band_key, candidate_probability
+from data_pipeline.dedup.cluster import find_clusters
+from data_pipeline.dedup.external import Rows, RowSorter, group_starts, rows_of
+from data_pipeline.dedup.match import NEIGHBOURS, Settings, match_band
+from data_pipeline.dedup.minhash import MinHash, Numbers
 from data_pipeline.dedup.store import Store, open_part, write_part
+from data_pipeline.dedup.verify import distinct_pairs, exact_jaccard, near_pairs
 from megatron_joy.errors import UserError
 
 METHOD = MinHash()
@@ -38,16 +42,37 @@ def plain_jaccard(one: str, other: str) -> float:
 
 
 def store_of(folder: Path, *parts: Sequence[Scored], existing: int = 0) -> Store:
-    opened = []
-    for number, documents in enumerate(parts):
-        place = folder / f"part{number}"
+    places = [folder / f"part{number}" for number in range(len(parts))]
+    for place, documents in zip(places, parts, strict=True):
         write_part(place, METHOD, [(content.encode(), score) for content, score in documents])
-        opened.append(open_part(place, METHOD, existing=number < existing))
-    return Store(opened)
+    return Store(places, METHOD, existing)
+
+
+def candidates_of(store: Store, folder: Path, settings: Settings = Settings()) -> Numbers:  # noqa: B008 (frozen)
+    """Every pair that agrees in a band, once."""
+    bands: list[Rows] = []
+    for band in range(settings.bands):
+        blocks = list(match_band(store, band, settings, folder / "scratch"))
+        bands.append(np.concatenate([*blocks, np.zeros((0, 2), np.uint64)]))
+    blocks = list(distinct_pairs(bands, settings.memory_rows))
+    return np.concatenate([*blocks, np.zeros((0, 2), np.int64)])
+
+
+def clusters_of(
+    store: Store,
+    folder: Path,
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
+) -> tuple[list[list[int]], Counter[int]]:
+    """[document that goes, document that stays for it], ascending, and the clusters' sizes."""
+    pairs = near_pairs(store, candidates_of(store, folder, settings), settings.threshold)
+    sizes: Counter[int] = Counter()
+    pieces = np.array_split(pairs, 3)  # however they come
+    blocks = find_clusters(store, pieces, folder / "scratch", sizes, settings.memory_rows)
+    return sorted(pair for block in blocks for pair in block.tolist()), sizes
 
 
 def dropped(store: Store, folder: Path, settings: Settings = Settings()) -> list[list[int]]:  # noqa: B008 (frozen)
-    return find_clusters(store, settings, folder / "scratch").dropped.tolist()
+    return clusters_of(store, folder, settings)[0]
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +94,7 @@ def test_planted_pairs_are_found_with_recall_099_and_precision_1(
 ) -> None:
     documents, pairs = planted
     store = store_of(tmp_path, [(document, 0.0) for document in documents])
-    blocks = candidate_pairs(store, Settings(), tmp_path / "scratch")
-    candidates = np.concatenate([*blocks, np.zeros((0, 2), np.int64)])
+    candidates = candidates_of(store, tmp_path)
     similar = candidates[exact_jaccard(store, candidates) >= 0.9]
     found = set(map(tuple, similar.tolist()))
     wanted = {(i, j) for i, j, similarity in pairs if similarity >= 0.9}
@@ -96,7 +120,24 @@ def test_little_memory_and_several_parts_give_the_same_clusters(
     store = store_of(tmp_path / "many", scored[:100], [], scored[100:101], scored[101:])
     assert len(whole) > 200
     assert dropped(store, tmp_path, Settings(memory_rows=500)) == whole
-    assert not (tmp_path / "scratch").exists()
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_a_store_opens_few_parts_at_a_time_and_gives_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: tuple[list[str], list[tuple[int, int, float]]]
+) -> None:
+    scored = [(document, 0.0) for document in planted[0][:200] + planted[0][800:]]
+    parts = [scored[start : start + 20] for start in range(0, 400, 20)]
+    whole = dropped(store_of(tmp_path / "all", *parts), tmp_path)
+    monkeypatch.setattr(stores, "OPEN_PARTS", 2)
+    store = store_of(tmp_path / "few", *parts)
+    assert len(whole) > 50
+    assert dropped(store, tmp_path) == whole
+    assert store.part.cache_info().currsize == 2
+    again = Store([tmp_path / "few" / f"part{number}" for number in range(20)], METHOD, 0, store.offsets)
+    assert again.part.cache_info().currsize == 0  # whoever knows the offsets opens nothing before it is asked for
+    numbers = np.array([0, 19, 20, 399])
+    assert np.array_equal(again.set_sizes(numbers), store.set_sizes(numbers))
 
 
 def test_a_chain_is_one_cluster_and_its_best_scored_document_is_kept(tmp_path: Path) -> None:
@@ -108,9 +149,9 @@ def test_a_chain_is_one_cluster_and_its_best_scored_document_is_kept(tmp_path: P
     joined = [" ".join(words) for words in chain]
     assert plain_jaccard(joined[0], joined[3]) < 0.9 <= plain_jaccard(joined[0], joined[1])
     documents = [(joined[0], 0.1), (other, 0.9), (joined[1], 0.2), (joined[2], 0.8), (joined[3], 0.3)]
-    clusters = find_clusters(store_of(tmp_path, documents), Settings(), tmp_path / "scratch")
-    assert clusters.dropped.tolist() == [[0, 3], [2, 3], [4, 3]]
-    assert dict(clusters.sizes) == {4: 1}
+    gone, sizes = clusters_of(store_of(tmp_path, documents), tmp_path)
+    assert gone == [[0, 3], [2, 3], [4, 3]]
+    assert dict(sizes) == {4: 1}
 
 
 def test_of_equal_scores_the_longest_and_of_those_the_first_is_kept(tmp_path: Path) -> None:
@@ -136,9 +177,9 @@ def test_a_large_bucket_is_one_cluster_in_linear_work(tmp_path: Path) -> None:
     rng = random.Random(6)
     words = text(rng, 300)
     copies = [(" ".join(words) + "." * number, 0.0) for number in range(5 * NEIGHBOURS)]
-    clusters = find_clusters(store_of(tmp_path, copies), Settings(), tmp_path / "scratch")
-    assert len(clusters.dropped) == len(copies) - 1
-    assert clusters.candidates <= len(copies) * (NEIGHBOURS + 1)
+    store = store_of(tmp_path, copies)
+    assert len(dropped(store, tmp_path)) == len(copies) - 1
+    assert len(copies) < len(candidates_of(store, tmp_path)) <= len(copies) * (NEIGHBOURS + 1)
 
 
 def test_documents_without_words_are_no_duplicates(tmp_path: Path) -> None:
@@ -154,7 +195,8 @@ def test_bands_find_candidates_as_often_as_their_curve_says() -> None:
     for similarity in (0.7, 0.8, 0.85):
         left = rng.integers(0, 2**32, (4000, 128), dtype=np.uint32)
         right = np.where(rng.random(left.shape) < similarity, left, left + np.uint32(1))
-        share = (band_keys(left, 16) == band_keys(right, 16)).any(axis=1).mean()
+        agree = [band_key(left, 16, band) == band_key(right, 16, band) for band in range(16)]
+        share = np.any(agree, axis=0).mean()
         expected = candidate_probability(similarity, 16, 8)
         assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / 4000)
 
