@@ -14,10 +14,15 @@ measured by a run on 1 MB and taken off; both are printed.
                order, encode, write the tokens with a checksum; no duplicates dropped, no accounts, no origins, no check
   one_pass     the limit without a shuffle: parse, hash, encode, count the ids, write the tokens with a checksum
   huggingface  parse each line, encode with encode_batch_fast on one thread (on 10 MB of it)
+  megatron     the recipe of Megatron-LM's preprocess_data.py, written from its description: a pool of one process
+               parses each line and gives its ids as a list, the parent hands these one by one to Megatron-core's index
+               builder; tokenizer: Megatron-core's Hugging Face one (on 10 MB of it)
+  megatron_gt  the same recipe with gigatoken
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import subprocess
@@ -181,6 +186,50 @@ def run_huggingface(corpus: Path, tokenizer: Path, out: Path) -> int:
     return total + sum(len(row.ids) for row in loaded.encode_batch_fast(batch, add_special_tokens=False))
 
 
+ids_of: Callable[[str], list[int]]  # of the worker's process
+END_OF_DOCUMENT = 1  # any token does
+
+
+def _encode_line(line: bytes) -> list[int]:
+    ids = ids_of(json.loads(line)["text"])
+    return [*ids, END_OF_DOCUMENT] if ids else []
+
+
+def _load_huggingface(tokenizer: str) -> None:
+    global ids_of
+    from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer
+
+    ids_of = HuggingFaceTokenizer(tokenizer).text_to_ids
+
+
+def _load_gigatoken(tokenizer: str) -> None:
+    global ids_of
+    import gigatoken
+
+    encode = gigatoken.Tokenizer(Path(tokenizer) / "tokenizer.json").backend.encode
+    ids_of = lambda text: encode(text).tolist()  # noqa: E731
+
+
+def run_megatron(corpus: Path, tokenizer: Path, out: Path, load: Callable[[str], None] = _load_huggingface) -> int:
+    """Megatron-LM's recipe with one worker; returns tokens, end-of-document tokens not counted."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    builder, total = IndexedDatasetBuilder(str(out / "text.bin"), dtype=DType.optimal_dtype(128_000)), 0
+    with multiprocessing.Pool(1, initializer=load, initargs=(str(tokenizer),)) as pool, open(corpus, "rb") as stream:
+        for ids in pool.imap(_encode_line, stream, 32):
+            builder.add_document(ids, [len(ids)])
+            total += max(0, len(ids) - 1)
+        pool.close()
+        pool.join()
+    builder.finalize(str(out / "text.idx"))
+    return total
+
+
+def run_megatron_gt(corpus: Path, tokenizer: Path, out: Path) -> int:
+    """As run_megatron with gigatoken; returns tokens."""
+    return run_megatron(corpus, tokenizer, out, _load_gigatoken)
+
+
 def run_ours(corpus: Path, tokenizer: Path, out: Path, transforms: str = "", shuffle: bool = True) -> int:
     """The whole pipeline with one worker; returns tokens, end-of-document tokens not counted."""
     from data_pipeline.run import run_pipeline
@@ -215,13 +264,17 @@ CONTENDERS = {
     "shuffled": run_shuffled,
     "one_pass": run_one_pass,
     "huggingface": run_huggingface,
+    "megatron": run_megatron,
+    "megatron_gt": run_megatron_gt,
 }
+ON_A_SLICE = {"huggingface", "megatron"}
 
 
 def measure(contender: str, corpus: Path, tokenizer: Path, out: Path) -> Result:
     """Run one contender in a process of its own."""
     out.mkdir()
-    environment = {**os.environ, "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    quiet = {"PYTHONWARNINGS": "ignore"}  # importing Megatron-core says much
+    environment = {**os.environ, "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **quiet}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")])
     command = [sys.executable, __file__, "--contender", contender, str(corpus), str(tokenizer), str(out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
@@ -244,7 +297,7 @@ def compare(megabytes: float, tokenizer: Path, write: Callable[[Path, float], No
         write(folder / "start.jsonl", START)
         found = []
         for contender in CONTENDERS:
-            corpus = folder / ("slice.jsonl" if contender == "huggingface" else "corpus.jsonl")
+            corpus = folder / ("slice.jsonl" if contender in ON_A_SLICE else "corpus.jsonl")
             start = measure(contender, folder / "start.jsonl", tokenizer, folder / f"{contender}_start")
             whole = measure(contender, corpus, tokenizer, folder / contender)
             found.append(replace(whole, start_seconds=start.cpu_seconds))
