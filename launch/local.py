@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,17 +16,22 @@ from typing import IO
 
 from launch.policy import EXIT_HOPELESS
 from launch.reasons import FOLDER_VARIABLE, VARIABLE, Reason, Reasons
+from launch.stacks import collect, keep
+from launch.watch import Limits, Watch, seconds_between_looks
 from megatron_joy.data.caps import check_epochs
 from megatron_joy.data.manifest import load_manifest
 from megatron_joy.errors import HopelessError, UserError, WorkError
 from megatron_joy.platform.rendezvous import free_port
 from megatron_joy.recipe import Recipe, check_run_folder
 from megatron_joy.runstate import FENCE_VARIABLE
+from megatron_joy.runstate.heartbeat import node_name, read_beats
 from megatron_joy.runstate.lease import refuse_if_held
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_USER_MISTAKE, EXIT_STOPPED = 0, 1, 2, 75
 GRACE_SECONDS = 20.0  # between the first failed rank and killing the others
 POLL_SECONDS = 0.05
+LIMITS = Limits()  # of a hang
+UNSUPERVISED = 0  # the number of every attempt that no supervisor counts
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 SIGNAL_HINTS = {
@@ -186,11 +191,11 @@ class World:
 
 
 def start(
-    recipe: Recipe, recipe_name: str, overrides: Sequence[str], words: Sequence[str] = (), fence: int = 0
+    recipe: Recipe, recipe_name: str, overrides: Sequence[str], words: Sequence[str] = (), fence: int = UNSUPERVISED
 ) -> World:
     """Starts all ranks of a recipe, with another command than training's where `words` gives one.
 
-    fence: the number of the attempt; 0 when nobody supervises it.
+    fence: the number of the attempt, when a supervisor counts them.
     """
     port, launcher, reasons = free_port(), os.getpid(), Reasons()
 
@@ -220,6 +225,36 @@ def start(
     return World(processes, output, reasons, Path(recipe.run.folder or "") / "logs")
 
 
+def wait_or_end(
+    running: Callable[[], bool], failed: Callable[[], bool], end: Callable[[], object], watch: Watch
+) -> str:
+    """Until no rank is running: the line about a hang, for which they were ended; nothing without one.
+
+    `running` is called often. What hangs once a rank has `failed` waits for that rank, and is ended for that.
+    """
+    hang, looked = "", time.monotonic()
+    while running():
+        time.sleep(POLL_SECONDS)
+        if hang or failed() or time.monotonic() - looked < seconds_between_looks(watch.limits):
+            continue
+        looked = time.monotonic()
+        if hang := watch.look() or "":
+            hang = keep(watch.run, watch.fence, hang, collect(watch.run, watch.fence, node_name(), watch.stale))
+            end()
+    return hang
+
+
+def unsupervised(recipe: Recipe) -> Watch:
+    """A watch over the attempt that is about to start, which no supervisor numbers: older heartbeats are not its."""
+    run = Path(recipe.run.folder or "")
+    return Watch(run, UNSUPERVISED, LIMITS, read_beats(run, UNSUPERVISED))
+
+
+def hung(hang: str) -> WorkError:
+    """What a launch ends with that nobody restarts."""
+    return WorkError(f"{hang}; the same command goes on from the last checkpoint")
+
+
 def run_local(recipe: Recipe, recipe_name: str, overrides: Sequence[str]) -> int:
     """Runs a recipe's world to its end on this machine. Returns 0 when all steps are done, 75 when stopped as asked.
 
@@ -228,10 +263,14 @@ def run_local(recipe: Recipe, recipe_name: str, overrides: Sequence[str]) -> int
     check(recipe)
     size = recipe.layout.world_size
     print(f"{recipe.run.folder}: starting {size} process{'es' if size > 1 else ''}", file=sys.stderr)
+    watch = unsupervised(recipe)
     world = start(recipe, recipe_name, overrides)
     with world.forwarding_signals():
-        world.wait()
+        hang = wait_or_end(world.running, lambda: world.failure is not None, world.kill, watch)
     world.reasons.close()
+    if hang:
+        world.keep_output()
+        raise hung(hang)
     if world.cut_short:
         raise WorkError("killed before the ranks could checkpoint; the same command goes on from the last checkpoint")
     if world.failure is None:

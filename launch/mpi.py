@@ -24,6 +24,7 @@ from typing import IO, Literal, TextIO
 from launch import local
 from launch.local import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USER_MISTAKE, SIGNAL_HINTS
 from launch.reasons import MARKED, VARIABLE, Reason, marked_reason
+from launch.watch import Watch
 from megatron_joy.errors import UserError, WorkError
 from megatron_joy.platform.rendezvous import LOOPBACK, first_host, free_port, given_port, look_up
 from megatron_joy.recipe import Recipe
@@ -233,8 +234,11 @@ def _later(action: Callable[[], object]) -> None:
     timer.start()
 
 
-def run(words: Sequence[str], dialect: Dialect) -> tuple[int, Starter]:
-    """Runs the starter to its end: its exit code, and what was heard."""
+def run(words: Sequence[str], dialect: Dialect, watch: Watch) -> tuple[int, Starter, str]:
+    """Runs the starter to its end: its exit code, what was heard, and the line about a hang if it was ended for one.
+
+    Stacks are those of the ranks on this node.
+    """
     process = subprocess.Popen(
         words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_in_child
     )
@@ -245,13 +249,14 @@ def run(words: Sequence[str], dialect: Dialect) -> tuple[int, Starter]:
         reader.start()
     before = {number: signal.signal(number, starter.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        hang = local.wait_or_end(lambda: process.poll() is None, lambda: starter.dying, starter.end, watch)
         code = process.wait()
         for reader in readers:
             reader.join(GRACE_SECONDS)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return code, starter
+    return code, starter, hang
 
 
 def prepared(recipe: Recipe, ranks: Sequence[str], mpi: Mpi) -> tuple[list[str], Dialect]:
@@ -269,7 +274,9 @@ def run_mpi(recipe: Recipe, ranks: Sequence[str], mpi: Mpi) -> int:
     local.check(recipe)
     words, dialect = prepared(recipe, ranks, mpi)
     print(f"{recipe.run.folder}: starting {recipe.layout.world_size} ranks with {words[0]}", file=sys.stderr)
-    code, starter = run(words, dialect)
+    code, starter, hang = run(words, dialect, local.unsupervised(recipe))
+    if hang:
+        raise local.hung(hang)
     if starter.cut_short:
         raise WorkError("killed before the ranks could checkpoint; the same command goes on from the last checkpoint")
     failure = starter.ended.failure()

@@ -12,10 +12,12 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_joy.runstate import launch_folder
 from megatron_joy.runstate.heartbeat import Beat, node_name, read_beats
 from megatron_joy.runstate.stacks import HEAD, LAST_SIGNAL, SIGNAL
 
@@ -81,9 +83,9 @@ def _signal_main_thread(pid: int, number: int) -> None:
     ctypes.CDLL(None).tgkill(pid, pid, int(number))  # Linux: a process's main thread has its number
 
 
-def collect(run: Path, fence: int, node: str) -> list[Stack]:
-    """The stacks of an attempt's ranks on a node."""
-    here = [beat for beat in read_beats(run, fence) if beat.node == node]
+def collect(run: Path, fence: int, node: str, stale: Sequence[Beat] = ()) -> list[Stack]:
+    """The stacks of an attempt's ranks on a node; `stale` heartbeats are of none of them."""
+    here = [beat for beat in read_beats(run, fence) if beat.node == node and beat not in stale]
     logs = {beat.rank: run / "logs" / f"rank_{beat.rank}.log" for beat in here}
     sizes = {rank: log.stat().st_size if log.exists() else 0 for rank, log in logs.items()}
     letters = {beat.rank: _ask(beat) for beat in here}
@@ -106,6 +108,16 @@ def collect(run: Path, fence: int, node: str) -> list[Stack]:
         )
         for beat in here
     ]
+
+
+def keep(run: Path, fence: int, hang: str, stacks: Sequence[Stack]) -> str:
+    """Keeps the stacks in a file; the line about the hang, which names a rank that was stopped or far behind."""
+    file = launch_folder(run) / f"hang_{fence:06d}.txt"
+    lines = [f"{stack}\n{''.join(f'    {frame}{chr(10)}' for frame in stack.frames)}" for stack in stacks]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"{hang}\n\n" + "\n".join(lines), encoding="utf-8")
+    worst = sorted(stacks, key=lambda stack: (not stack.stopped, stack.done, stack.rank))[:1]
+    return f"{hang}; {'; '.join(map(str, worst)) or 'no rank gives its stack'}; all stacks are in {file}"
 
 
 def main() -> int:

@@ -31,7 +31,7 @@ from launch.policy import (
     decide,
     judge,
 )
-from launch.stacks import Stack
+from launch.stacks import Stack, keep
 from launch.watch import Limits, Watch, seconds_between_looks
 from megatron_joy.errors import HopelessError, UserError, WorkError
 from megatron_joy.runstate import launch_folder
@@ -161,7 +161,7 @@ class Supervisor:
             if not hang and now - looked > seconds_between_looks(self.limits):
                 looked = now
                 if hang := watch.look() or "":
-                    hang = self._stacks(watch.fence, hang, ranks.stacks())
+                    hang = keep(self.run, watch.fence, hang, ranks.stacks())
                     ranks.kill()
             time.sleep(POLL_SECONDS)
         return asked, hang
@@ -172,14 +172,6 @@ class Supervisor:
         if ended.nodes:  # the cause of a hang, too
             return ended.message
         return hang or ended.message or f"the ranks left with exit code {ended.exit_code}"
-
-    def _stacks(self, fence: int, hang: str, stacks: list[Stack]) -> str:
-        """Keeps the stacks in a file; the line about the hang, which names a rank that was stopped or far behind."""
-        file = launch_folder(self.run) / f"hang_{fence:06d}.txt"
-        lines = [f"{stack}\n{''.join(f'    {frame}{chr(10)}' for frame in stack.frames)}" for stack in stacks]
-        file.write_text(f"{hang}\n\n" + "\n".join(lines), encoding="utf-8")
-        worst = sorted(stacks, key=lambda stack: (not stack.stopped, stack.done, stack.rank))[:1]
-        return f"{hang}; {'; '.join(map(str, worst)) or 'no rank gives its stack'}; all stacks are in {file}"
 
     def _goes_on_here(self, attempt: Attempt, decision: Decision, signals: Signals) -> bool:
         if decision.action is not Action.RESTART:

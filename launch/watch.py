@@ -4,10 +4,13 @@ step, so one of them tells for all.
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_joy.runstate.heartbeat import Beat, Phase, read_beat
+
+PAUSE_SECONDS = 30.0  # between two looks: who looks was stopped too (Ctrl-Z), or waited for a file system
 
 
 @dataclass(frozen=True)
@@ -31,22 +34,27 @@ class Limits:
 
 @dataclass
 class Watch:
-    """Watches one attempt."""
+    """Watches one attempt. stale: heartbeats that are none of its, of earlier attempts that nobody numbered."""
 
     run: Path
     fence: int
     limits: Limits
+    stale: Sequence[Beat] = ()
     done: int = 0
     _beat: Beat | None = None
     _changed: float = field(default_factory=time.monotonic)
+    _looked: float = field(default_factory=time.monotonic)
 
     def look(self) -> str | None:
         """Reads the heartbeat; a line about a hang when there is one."""
         beat = read_beat(self.run, 0, self.fence)
         now = time.monotonic()
-        if beat != self._beat and beat is not None:
+        if beat != self._beat and beat is not None and beat not in self.stale:
             self._beat, self._changed = beat, now
             self.done = max(self.done, beat.done)
+        if now - self._looked > PAUSE_SECONDS:
+            self._changed = now  # what happened meanwhile nobody saw
+        self._looked = now
         limit = self.limits.of(self._beat)
         silent = now - self._changed
         if silent <= limit:

@@ -84,6 +84,8 @@ class Rank:
             self.saved.write_text(str(self.done))
         elif action == "touch":
             Path(value).touch()
+        elif action == "sleep":
+            time.sleep(value)
         elif action == "kill":
             os.kill(os.getpid(), value)
         elif action == "finish":

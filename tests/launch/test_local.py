@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,12 +17,15 @@ import pytest
 
 from launch import local
 from launch.reasons import VARIABLE, Reason, Reasons, tell_launcher
+from launch.watch import Limits
 from megatron_joy.errors import UserError, WorkError
 from megatron_joy.recipe import Recipe, dump_recipe, load_recipe
+from megatron_joy.runstate.heartbeat import Heart
 from tests.train.minuscule import EP2, make_home
 
 ROOT = Path(__file__).parents[2]
 STUB = Path(__file__).with_name("stub_rank.py")
+BEATING = Path(__file__).with_name("supervised_rank.py")
 Script = list[list[list[Any]]]  # rank -> [action, value] in turn
 
 
@@ -110,6 +114,40 @@ def test_a_rank_that_leaves_without_a_word_is_quoted_and_its_output_kept(play: P
     log = tmp_path / "run" / "logs" / "rank_1.log"
     assert str(failed.value) == f"rank 1 left with exit code 3: ImportError: no torch; its log is {log}"
     assert log.read_text() == "first\nImportError: no torch\n"
+
+
+def _left_behind(run: Path, rank: int, pid: int) -> None:
+    """An earlier attempt's heartbeat in the midst of a step, whose process number is another process's by now."""
+    heart = Heart(run, rank, local.UNSUPERVISED)
+    heart._pid = pid
+    for done in range(3):
+        heart.beat(done, "step")
+
+
+def test_a_rank_that_stops_is_named_with_its_stack_without_a_supervisor_too(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, script = tmp_path / "run", tmp_path / "script.json"
+    run.mkdir()
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    for rank in (0, 7):
+        _left_behind(run, rank, stranger.pid)
+    script.write_text(json.dumps([[["sleep", 3], ["steps", 8], ["rank 1", ["freeze", 0]], ["hang", 200]]]))
+    monkeypatch.setattr(local, "LIMITS", Limits(factor=10, least=2, slow=60))
+    monkeypatch.setattr(local, "rank_command", lambda *_: [sys.executable, str(BEATING), str(run), str(script)])
+    with pytest.raises(WorkError) as hung:
+        local.run_local(recipe, "minuscule", [])
+    said = str(hung.value)
+    assert re.match(
+        r"hangs in step 9: no sign for \d+ s \(limit 2 s, a step takes 0\.\d\d s in the median\); rank 1 on ", said
+    )
+    assert re.search(r"is stopped \(SIGSTOP\) after step 8 at supervised_rank.py:\d+ freeze; all stacks are in ", said)
+    assert said.endswith(f"{run / 'launch' / 'hang_000000.txt'}; the same command goes on from the last checkpoint")
+    stacks = (run / "launch" / "hang_000000.txt").read_text()
+    assert re.search(r"^rank 0 on \S+ is running after step 8 at supervised_rank.py:\d+ hang$", stacks, re.MULTILINE)
+    assert "rank 7" not in stacks
+    assert stranger.poll() is None  # nobody signalled it
+    stranger.kill()
 
 
 def send(*signals: int, when: Callable[[], bool] = lambda: True) -> None:

@@ -13,15 +13,18 @@ from typing import Any
 
 import pytest
 
-from launch import mpi
+from launch import local, mpi
 from launch.mpi import Ended, Mpi
 from launch.reasons import MARK
+from launch.watch import Limits
 from megatron_joy.errors import UserError, WorkError
 from megatron_joy.recipe import Recipe, load_recipe
+from megatron_joy.runstate import FENCE_VARIABLE
 from tests.train.minuscule import EP2, make_home, numbers, read_lines, train
 
 ROOT = Path(__file__).parents[2]
 STUB = Path(__file__).with_name("stub_rank.py")
+BEATING = Path(__file__).with_name("supervised_rank.py")
 Script = list[list[list[Any]]]  # rank -> [action, value] in turn
 
 
@@ -120,6 +123,20 @@ def test_a_second_signal_ends_ranks_that_do_not_stop(play: Play, tmp_path: Path)
     with pytest.raises(WorkError, match="killed before the ranks could checkpoint"):
         play([deaf, deaf])
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_rank_that_stops_is_named_with_its_stack(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, script = tmp_path / "run", tmp_path / "script.json"
+    run.mkdir()
+    script.write_text(json.dumps([[["steps", 8], ["rank 1", ["freeze", 0]], ["hang", 200]]]))
+    monkeypatch.setattr(local, "LIMITS", Limits(factor=10, least=2, slow=60))
+    monkeypatch.setenv(FENCE_VARIABLE, str(local.UNSUPERVISED))
+    with pytest.raises(WorkError, match=r"^hangs in step 9: no sign for \d+ s .*; rank 1 on ") as hung:
+        mpi.run_mpi(recipe, [sys.executable, str(BEATING), str(run), str(script)], Mpi())
+    assert "is stopped (SIGSTOP) after step 8 at supervised_rank.py:" in str(hung.value)
+    assert str(hung.value).endswith("hang_000000.txt; the same command goes on from the last checkpoint")
 
 
 PLACE = ("10.0.0.1", 29500)

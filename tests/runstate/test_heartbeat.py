@@ -76,3 +76,30 @@ def test_a_hang_is_told_with_place_and_limit_and_only_then(tmp_path: Path, clock
     clock[0] += 2
     assert watch.look() == "hangs in step 4: no sign for 21 s (limit 20 s, a step takes 2.00 s in the median)"
     assert watch.done == 3
+
+
+def test_what_happened_while_nobody_looked_is_no_hang(tmp_path: Path, clock: list[float]) -> None:
+    heart, watch = Heart(tmp_path, 0, 1), Watch(tmp_path, 1, Limits(factor=10, least=5, slow=20))
+    heart.beat(0, "step")
+    assert watch.look() is None
+    clock[0] += 1000  # launcher and ranks were stopped (Ctrl-Z) and go on
+    assert watch.look() is None
+    clock[0] += 19
+    assert watch.look() is None
+    clock[0] += 2
+    assert watch.look() is not None
+
+
+def test_a_heartbeat_that_was_left_behind_is_none_of_the_attempts(tmp_path: Path, clock: list[float]) -> None:
+    heart = Heart(tmp_path, 0, 0)
+    heart.beat(7, "step")
+    watch = Watch(tmp_path, 0, Limits(factor=10, least=5, slow=25), read_beats(tmp_path, 0))
+    watch._changed = watch._looked = clock[0]
+    clock[0] += 24
+    assert watch.look() is None
+    clock[0] += 2
+    assert watch.look() == "hangs before the loop: no sign for 26 s (limit 25 s)"
+    assert watch.done == 0
+    Heart(tmp_path, 0, 0).beat(3, "step")
+    assert watch.look() is None
+    assert watch.done == 3
