@@ -9,6 +9,7 @@ next attempt clears away; and pinned memory can't be handed to a process that wa
 """
 
 import os
+import shutil
 import sys
 import threading
 import time
@@ -163,22 +164,31 @@ class BackgroundSaver:
 def write_image(folder: Path, image: Image, given_up: threading.Event) -> Written:
     """Writes, hashes and syncs this rank's file; no communication, in any thread.
 
-    Raises OSError as the disk does, GivenUp soon after `given_up` is set.
+    Raises OSError as the disk does, the room that the file took free again at once: the step beside writes its metrics
+    to the same disk. Raises GivenUp soon after `given_up` is set.
     """
     files = HashingFileSystem(given_up)
     if image.name is not None:
-        with files.create_stream(folder / image.name, "wb") as stream:
-            for block in image.blocks:
-                stream.write(block.numpy())
-            stream.flush()
-            os.fsync(stream.fileno())
+        try:
+            with files.create_stream(folder / image.name, "wb") as stream:
+                for block in image.blocks:
+                    stream.write(block.numpy())
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError:
+            (folder / image.name).unlink(missing_ok=True)
+            raise
     return Written(tuple(files.files.values()), image.places)
 
 
 def _commit(flight: _Flight, written: Sequence[Written] | None) -> Sequence[str]:
     if written is None:  # not rank 0
         return ()
-    commit(flight.save, flight.plan, written, flight.updates)
+    try:
+        commit(flight.save, flight.plan, written, flight.updates)
+    except OSError:
+        shutil.rmtree(flight.save.partial, ignore_errors=True)  # room, as in `write_image`: all files are written
+        raise
     return flight.afterwards()
 
 

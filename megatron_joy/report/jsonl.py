@@ -4,8 +4,10 @@
 leaves a torn last line; the next writer removes it, and every reader steps over it.
 """
 
+import errno
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ import orjson
 from megatron_joy.errors import WorkError
 
 _CHUNK_BYTES = 1 << 16
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+PATIENCE_SECONDS = 5.0  # with a full disk: a checkpoint that found it full beside training is just giving its room back
+_RETRY_SECONDS = 0.05
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
@@ -68,6 +73,7 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._end = os.lseek(self._descriptor, 0, os.SEEK_END)
+        self._patience = PATIENCE_SECONDS
         self.removed_bytes = self._repair()
 
     def _repair(self) -> int:
@@ -98,19 +104,30 @@ class JsonLines:
         """Writes one row at once; it survives the death of this process as soon as this returns.
 
         Raises:
-            WorkError: the disk refused (full, gone); the file still ends in a whole line.
+            WorkError: the disk refused (gone, full and still so after PATIENCE_SECONDS); the file still ends in a whole
+                line.
         """
         self._write(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
 
     def _write(self, line: bytes) -> None:
+        while (refused := self._try_to_write(line)) is not None:
+            if refused.errno not in _FULL or self._patience <= 0:
+                raise WorkError(f"{self.path}: cannot append a row: {refused.strerror}") from refused
+            self._patience -= _RETRY_SECONDS
+            time.sleep(_RETRY_SECONDS)
+        self._patience = PATIENCE_SECONDS
+
+    def _try_to_write(self, line: bytes) -> OSError | None:
+        """Writes a whole line or, when the disk refuses, nothing: what it said."""
         done = 0
         try:
             while done < len(line):
                 done += os.pwrite(self._descriptor, line[done:], self._end + done)
         except OSError as error:
             os.ftruncate(self._descriptor, self._end)
-            raise WorkError(f"{self.path}: cannot append a row: {error.strerror}") from error
+            return error
         self._end += done
+        return None
 
     def sync(self) -> None:
         """Asks the disk to keep what was written, against a loss of power."""

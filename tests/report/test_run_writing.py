@@ -83,7 +83,32 @@ def test_a_killed_writer_loses_at_most_the_row_it_was_writing(tmp_path: Path) ->
     assert len(steps) >= told[-1]
 
 
+def test_a_row_waits_for_a_disk_that_is_full_for_a_moment_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jsonl, "PATIENCE_SECONDS", 0.4)
+    log = MetricsWriter(tmp_path, 0, tensorboard=False)
+    real, refusals = os.pwrite, [3]
+
+    def full_at_first(descriptor: int, data: bytes, offset: int) -> int:
+        if refusals[0] > 0:
+            refusals[0] -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(jsonl.os, "pwrite", full_at_first)
+    log.metrics(row(1))
+    refusals[0] = 5  # patience is whole again
+    log.metrics(row(2))
+    refusals[0] = 1000
+    with pytest.raises(WorkError, match=r"metrics.jsonl: cannot append a row: No space left"):
+        log.metrics(row(3))
+    assert 900 < refusals[0] < 1000
+    assert [r["step"] for r in lines(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
 def test_a_full_disk_fails_in_one_line_and_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "PATIENCE_SECONDS", 0.1)
     log = MetricsWriter(tmp_path, 0, tensorboard=False)
     log.metrics(row(1))
     real = os.pwrite

@@ -1,5 +1,6 @@
 """Checkpoints beside training: the numbers, the record and the end are as without; one at a time is on its way."""
 
+import errno
 import os
 import resource
 import time
@@ -88,6 +89,42 @@ def test_a_disk_that_fills_beside_training_is_noted_and_the_last_good_state_surv
     assert ended.checkpoints == ["step_00000003", "step_00000008"]
     assert numbers(ended.rows) == numbers(unbroken(EP2).rows)
     assert latest(ended.run / "checkpoints", full=True).checkpoint.step == STEPS  # type: ignore[union-attr]
+
+
+def _one_full_disk(step: int) -> None:
+    """While a step's tensors have come to 100 kB there is no room for anything else either, until they are gone."""
+    from megatron_joy.checkpoint import storage
+    from megatron_joy.report import jsonl
+
+    write, append, lying = storage._HashedStream._write_chunk, os.pwrite, list[Path]()
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    storage._CHUNK = 4096
+
+    def write_tensors(stream: Any, chunk: memoryview) -> None:
+        path = Path(stream.raw.name)
+        if f"{step:08d}" in path.parent.name and stream.size > 100_000:
+            lying.append(path)
+            raise full
+        write(stream, chunk)
+
+    def append_row(descriptor: int, line: bytes, at: int) -> int:
+        if any(path.exists() for path in lying):
+            raise full
+        return append(descriptor, line, at)
+
+    storage._HashedStream._write_chunk = write_tensors  # type: ignore[method-assign]
+    jsonl.os.pwrite = append_row  # type: ignore[assignment]
+
+
+def test_metrics_have_room_again_as_soon_as_a_checkpoint_has_found_the_disk_full(
+    home: Path, tmp_path: Path, unbroken: Unbroken
+) -> None:
+    ended = train(home, tmp_path / "run", ONE, ASYNCHRONOUS, before=_one_full_disk, inputs=(3,))
+    assert ended.codes == [0], ended.printed
+    (note,) = ended.told("note")
+    assert "checkpoint of step 3 was not written to" in note and "rank 0: No space left on device; there is" in note
+    assert ended.checkpoints == ["step_00000006", "step_00000008"]
+    assert numbers(ended.rows) == numbers(unbroken(ONE).rows)
 
 
 def _poisoned_and_slow() -> None:

@@ -81,6 +81,7 @@ def _no_room_for_metrics() -> None:
     from megatron_joy.report import jsonl
 
     write = os.pwrite
+    jsonl.PATIENCE_SECONDS = 0.2
 
     def then(descriptor: int, line: bytes, at: int) -> int:
         if b'"step":5' not in line:
