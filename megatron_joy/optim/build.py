@@ -89,11 +89,11 @@ def _fused_adam(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def set_weight_decay(optimizer: MegatronOptimizer, decay: float, with_mtp: bool = True) -> None:
-    """Sets each group's weight decay; without MTP that layer, which gets no gradient then, must not shrink either."""
+def set_weight_decay(optimizer: MegatronOptimizer, decay: float) -> None:
+    """Sets each group's weight decay."""
     for group in optimizer.param_groups:
         # Megatron-core marks norms with a factor of 0 and leaves it to a scheduler of its own to apply it.
-        group["weight_decay"] = decay * group["wd_mult"] * (with_mtp or not group.get(OF_MTP, False))
+        group["weight_decay"] = decay * group["wd_mult"]
 
 
 def _group_rules(config: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
@@ -158,7 +158,11 @@ def parts(optimizer: MegatronOptimizer) -> list[Any]:
     return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
-def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
-    """Sets the learning rate of every parameter group."""
+def set_learning_rate(optimizer: MegatronOptimizer, rate: float, with_mtp: bool = True) -> None:
+    """Sets the learning rate of every parameter group; 0 for the MTP layer's without MTP.
+
+    That layer gets no gradient then, and must neither shrink by weight decay nor drift: what momentum is left from a
+    stage with MTP gives Muon updates of full size for a hundred steps and more.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate if with_mtp or not group.get(OF_MTP, False) else 0.0

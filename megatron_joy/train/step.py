@@ -16,7 +16,7 @@ from megatron_joy.data.batch import Batch
 from megatron_joy.model.balance import balanced
 from megatron_joy.model.rope import set_rotary_base
 from megatron_joy.model.scales import ScaleKeeper
-from megatron_joy.optim.build import build_optimizer, parts, set_learning_rate, set_weight_decay
+from megatron_joy.optim.build import build_optimizer, parts, set_learning_rate
 from megatron_joy.optim.layout import buffer_layout
 from megatron_joy.optim.update import gradient_norm, make_update
 from megatron_joy.platform.process import Process
@@ -105,13 +105,12 @@ class Trainer:
     def enter(self, stage: Stage) -> None:
         """Sets the model up for a stage; weights, optimizer state and router biases go on as they are.
 
-        With a loss factor of 0 the MTP layer is left out: no computation, no gradient, no weight decay.
+        With a loss factor of 0 the MTP layer is left out: no computation, no gradient, no update.
         """
         config = self.models[0].config  # one for all chunks
         config.moe_router_bias_update_rate = stage.router_bias_update_rate
         config.mtp_loss_scaling_factor = stage.mtp_loss_factor
         self._with_mtp = self.recipe.model.num_nextn_predict_layers > 0 and stage.mtp_loss_factor > 0
-        set_weight_decay(self.optimizer, self.recipe.optimizer.weight_decay, self._with_mtp)
         set_rotary_base(self.models, stage.rope_theta)
 
     def _replicated(self, chunk: Any, ddp: DistributedDataParallelConfig, first: bool) -> DistributedDataParallel:
@@ -136,7 +135,7 @@ class Trainer:
         """
         self.refused = None
         rate = self.timetable.at(number).learning_rate
-        set_learning_rate(self.optimizer, rate)
+        set_learning_rate(self.optimizer, rate, self._with_mtp)
         biases, scales = self.router_load.biases(), self.scales.copies()
         self.tell("before_forward", batches)
         self._clear()

@@ -71,6 +71,10 @@ def test_an_mtp_layer_that_is_left_out_keeps_every_bit(alone: platform.Process, 
     assert moved(1) == moved(2) == {False}
     trainer.enter(stage)
     assert moved(3) == {True}
+    trainer.enter(replace(stage, mtp_loss_factor=0.0))  # there is momentum now
+    assert moved(4) == moved(5) == {False}
+    trainer.enter(stage)
+    assert moved(6) == {True}
 
 
 def test_the_router_rate_is_the_stages(alone: platform.Process) -> None:
