@@ -23,6 +23,8 @@ MAY_CHANGE: dict[str, bool] = {
     "model.router_bias_update_rate": True,
     "model.mtp_loss_factor": True,
     "model.sequence_balance_factor": True,
+    # No weight has a row for each position: a longer context is a stage with more of them.
+    "model.max_position_embeddings": True,
     # Checkpoints are layout-free.
     "layout": True,
     # Optimizer state of another format would be read as if it were this one.
@@ -34,8 +36,9 @@ MAY_CHANGE: dict[str, bool] = {
     "data.sequence_length": True,
     "data.train": True,
     "stages": True,
+    # A path: what lies there is held against the shards, and theirs against the checkpoint.
+    "data.tokenizer": True,
     # Another meaning of the same tokens.
-    "data.tokenizer": False,
     "data.document_mask": False,
     "data.validation": True,
     # The moments in the checkpoint are averages under these.

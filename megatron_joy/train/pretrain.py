@@ -63,7 +63,7 @@ def pretrain(recipe: Recipe, stop: StopRequest | None = None) -> bool:
         run = open_run(recipe, process)
         past = look_back(run)
         train_stream, validation_stream = _open_data(run, opened)
-        past.check_sources(train_stream.labels)
+        past.check_sources(train_stream.labels, train_stream.tokenizer_sha256)
         trainer = Trainer(recipe, process, build_model(recipe, process))
         past.load(run, trainer)
         opened.enter_context(recorded(run))
@@ -172,5 +172,5 @@ def _features(
     if guards.statistics_interval:
         features.append(Statistics(run, guards.statistics_interval))
     features.append(guard)
-    features.append(Checkpointing(run, past.sources | train_stream.labels))
+    features.append(Checkpointing(run, past.sources | train_stream.labels, train_stream.tokenizer_sha256))
     return features

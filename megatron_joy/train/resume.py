@@ -26,22 +26,30 @@ from megatron_joy.train.step import Trainer
 class Past:
     """The checkpoint to go on from, if there is one, and what is to be said about those passed over.
 
-    sources: fingerprint of each source that the run has read, by its label in the recipe.
+    sources: fingerprint of each source that the run has read, by its label in the recipe. tokenizer: SHA-256 of theirs.
     """
 
     checkpoint: Checkpoint | None = None
     notes: Sequence[str] = ()
     sources: dict[str, str] = field(default_factory=dict)
+    tokenizer: str | None = None
 
     @property
     def name(self) -> str | None:
         """The checkpoint's folder."""
         return None if self.checkpoint is None else self.checkpoint.path.name
 
-    def check_sources(self, now: Mapping[str, str]) -> None:
-        """Refuses sources that are not what they were: other shards under a label, known shards under a new one."""
+    def check_sources(self, now: Mapping[str, str], tokenizer: str) -> None:
+        """Refuses sources that are not what they were: another tokenizer's, other shards under a label, known shards
+        under a new one.
+        """
         if self.checkpoint is None:
             return
+        if self.tokenizer not in (None, tokenizer):
+            raise UserError(
+                f"{self.checkpoint.path}: was trained on tokenizer {str(self.tokenizer)[:12]}, and the shards in "
+                f"data.train are tokenizer {tokenizer[:12]}'s, whose ids mean other text; give shards of the run's"
+            )
         for label, fingerprint in now.items():
             known = self.sources.get(label)
             if known is not None and known != fingerprint:
@@ -109,7 +117,7 @@ def look_back(run: Run) -> Past:
         notes.append("precision.fp8 was changed: delayed scales that the checkpoint doesn't have begin anew")
     if decides_after(saved or (), done) and run.ledger != saved:
         notes.append(f"a guard's decisions about update {done + 1} and later ones are dropped: the recipe was changed")
-    return Past(checkpoint, notes, dict(state["sources"]))
+    return Past(checkpoint, notes, dict(state["sources"]), state.get("tokenizer"))
 
 
 def _first(recipe: Recipe, repeated: Ledger | None) -> Ledger:

@@ -16,6 +16,7 @@ BASE = "joyai_tiny"
         ["layout.data_parallel_size=1", "layout.expert_model_parallel_size=1"],
         ["train.steps=900", "schedule.peak_lr=1e-3", "schedule.decay_steps=50"],
         ["checkpoint.interval=7", "run.folder=elsewhere", "train.threads=2", "train.micro_batch_size=4"],
+        ["model.max_position_embeddings=131072"],
         ["model.backend=portable", "model.router_bias_update_rate=0", "model.mtp_loss_factor=0.0"],
     ],
 )

@@ -109,6 +109,18 @@ def test_other_data_under_the_same_path_is_refused_and_nothing_is_touched(own_ho
     assert tree(run) == before
 
 
+def test_other_sources_of_another_tokenizer_are_refused_in_mid_run_and_nothing_is_touched(
+    own_home: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(own_home, run, ONE, before=signal_at, inputs=(4, TERM))
+    write_shard_set(own_home / "new", some_texts(2, 60, seed=9, longest=60), "new", tokenizer="f" * 64)
+    before = tree(run)
+    line = the_one_line(train(own_home, run, ONE, f'data.train=[{{manifest="{own_home / "new"}"}}]'))
+    assert "are tokenizer ffffffffffff's, whose ids mean other text; give shards of the run's" in line
+    assert tree(run) == before
+
+
 def test_a_folder_of_something_else_is_refused_and_not_touched(home: Path, tmp_path: Path) -> None:
     folder = tmp_path / "thesis"
     folder.mkdir()

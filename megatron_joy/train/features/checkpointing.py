@@ -27,8 +27,8 @@ class Checkpointing(Feature):
 
     phase = CHECKPOINT
 
-    def __init__(self, run: Run, sources: Mapping[str, str]) -> None:
-        self.section, self.sources = run.recipe.checkpoint, dict(sources)
+    def __init__(self, run: Run, sources: Mapping[str, str], tokenizer: str) -> None:
+        self.section, self.sources, self.tokenizer = run.recipe.checkpoint, dict(sources), tokenizer
         self.background = BackgroundSaver(run.process) if self.section.asynchronous else None
 
     def _save(self, loop: Loop) -> Save:
@@ -38,6 +38,7 @@ class Checkpointing(Feature):
             "progress": run.progress.as_dict(),
             "ledger": as_json(run.ledger),
             "sources": self.sources,
+            "tokenizer": self.tokenizer,
             "attempt": run.attempt,
             "validation_loss": loop.row.get("validation_loss"),
         }
