@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from .fields import value_at, with_value
@@ -67,7 +68,14 @@ class Moot:
 OF_ONE_STAGE = ("peak_lr", "final_lr", "warmup_steps", "decay_steps", "decay_shape")
 SPIKE_KEYS = ("spike_loss", "spike_grad_norm", "spike_window")
 ROLLBACK_KEYS = ("spike_span", "max_rollbacks")
+EVERY_SO_MANY = ("guards.recheck_interval", "guards.statistics_interval")
 MUON_KEYS = ("momentum", "nesterov", "coefficients", "steps", "update_rms", "dtype")
+
+
+def _after_the_run(key: str, recipe: Recipe) -> bool:
+    """Whether what happens every so many updates has its first one after the last."""
+    return value_at(recipe, key) > recipe.train.steps
+
 
 # In this order: the pipeline's cuts look at VPP after VPP itself may have gone.
 MOOT: tuple[Moot, ...] = (
@@ -231,6 +239,7 @@ MOOT: tuple[Moot, ...] = (
         )
         for key in ("max_skipped_in_a_row", "max_skipped")
     ),
+    *(Moot(key, ("train.steps",), partial(_after_the_run, key), "the run has fewer updates") for key in EVERY_SO_MANY),
     Moot(
         "guards.straggler_interval",
         ("layout.data_parallel_size",),

@@ -50,7 +50,7 @@ def type_text(annotation: Any, metadata: list[Any] | None = None) -> str:
         rules = [rule for extra in arguments[1:] for rule in getattr(extra, "metadata", [extra])]
         return type_text(arguments[0], rules)
     if origin in (types.UnionType, typing.Union):
-        return " or ".join(type_text(part) for part in arguments if part is not type(None))
+        return " or ".join(type_text(part, metadata) for part in arguments if part is not type(None))
     if origin is list:
         return f"list of {type_text(arguments[0])}"
     if origin is tuple:

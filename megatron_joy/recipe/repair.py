@@ -18,8 +18,43 @@ from .schema import Recipe
 PLACEHOLDERS: dict[str, Any] = {"int": 1, "float": 1.0, "text": "unknown"}
 LONGEST_VALUE = 80
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?|true|false")
+NAME_PATTERN = "[A-Za-z0-9._-]"
 NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 NEAREST = "the nearest known key is "
+# What Megatron-LM, Hugging Face and people call a key whose own name is not near.
+OTHER_NAMES = {
+    "lr": "schedule.peak_lr",
+    "learning_rate": "schedule.peak_lr",
+    "max_lr": "schedule.peak_lr",
+    "min_lr": "schedule.final_lr",
+    "lr_warmup_iters": "schedule.warmup_steps",
+    "train_iters": "train.steps",
+    "max_steps": "train.steps",
+    "batch_size": "train.global_batch_size",
+    "seq_len": "data.sequence_length",
+    "seq_length": "data.sequence_length",
+    "max_seq_len": "data.sequence_length",
+    "num_layers": "model.num_hidden_layers",
+    "ffn_hidden_size": "model.intermediate_size",
+    "num_experts": "model.n_routed_experts",
+    "num_moe_experts": "model.n_routed_experts",
+    "moe_router_topk": "model.num_experts_per_tok",
+    "top_k": "model.num_experts_per_tok",
+    "rotary_base": "model.rope_theta",
+    "tp": "layout.tensor_model_parallel_size",
+    "pp": "layout.pipeline_model_parallel_size",
+    "cp": "layout.context_parallel_size",
+    "ep": "layout.expert_model_parallel_size",
+    "dp": "layout.data_parallel_size",
+    "bf16": "precision.params_dtype",
+    "dtype": "precision.params_dtype",
+    "torch_dtype": "precision.params_dtype",
+    "fp8": "precision.fp8.recipe",
+    "grad_clip": "optimizer.clip_grad",
+    "max_grad_norm": "optimizer.clip_grad",
+    "save_interval": "checkpoint.interval",
+    "eval_interval": "train.validation_interval",
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +71,9 @@ def _short(value: Any) -> str:
 
 
 def nearest_key(path: tuple[str | int, ...]) -> str:
-    """The known key nearest to an unknown one: its name elsewhere, a near name in its own table, then the least far."""
+    """The known key nearest to an unknown one: its name elsewhere, a near name in its own table, what others call so,
+    a near name elsewhere, then the least far, whole or in a word of it.
+    """
     *parents, last = path
     section = section_names()[generic(tuple(parents))]
     prefix = "".join(f"{part}." for part in parents)
@@ -48,9 +85,16 @@ def nearest_key(path: tuple[str | int, ...]) -> str:
         return elsewhere[str(last)]
     if near := difflib.get_close_matches(str(last), siblings, n=1):
         return prefix + near[0]
+    if str(last) in OTHER_NAMES:
+        return OTHER_NAMES[str(last)]
     if near := difflib.get_close_matches(str(last), list(elsewhere), n=1, cutoff=0.75):
         return elsewhere[near[0]]
-    return prefix + difflib.get_close_matches(str(last), siblings, n=1, cutoff=0.0)[0]
+    return prefix + max(siblings, key=lambda name: _likeness(str(last), name))
+
+
+def _likeness(word: str, name: str) -> float:
+    """How near a word is to a name, or to one of the words in it."""
+    return max(difflib.SequenceMatcher(None, word, part).ratio() for part in (name, *name.split("_")))
 
 
 def _fix(key: str, value: Any) -> str:
@@ -59,7 +103,7 @@ def _fix(key: str, value: Any) -> str:
     if choices := literal_choices(row.info.annotation):
         near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1, cutoff=0.4)
         return f"set {format_value(next((c for c in choices if near and str(c) == near[0]), choices[0]))}"
-    if row.is_text and isinstance(value, str):
+    if row.is_text and isinstance(value, str) and NAME_PATTERN in row.type:
         return f'set "{NOT_IN_NAMES.sub("-", value).strip("-._") or "run"}"'
     if row.is_text and isinstance(value, int | float):
         return f'write it in quotes, "{value}"'
@@ -74,7 +118,12 @@ def _example(default: Any, kind: str) -> Any:
     """A value of a kind to show: the default where there is one."""
     if default is not None:
         return default
-    return {"int": 1, "float": 1.0, "true": True, "list": [1]}.get(kind.split(" ")[0], "...")
+    if " numbers, each " in kind:
+        count, _, each = kind.partition(" numbers, each ")
+        return [_example(None, each)] * int(count)
+    if ">= 0" in kind:
+        return 0 if kind.startswith("int") else 0.0
+    return {"int": 1, "float": 1.0, "true": True, "list": [1], "text": "name"}.get(kind.split(" ")[0], "...")
 
 
 def _known_part(path: tuple[str | int, ...]) -> tuple[str | int, ...]:
@@ -142,7 +191,11 @@ def check_schema(table: dict[str, Any]) -> tuple[Recipe, list[Problem], frozense
             complaints = error.errors(include_url=False, include_context=False)
         for complaint in complaints:
             kind, path = complaint["type"], complaint["loc"]
-            path = path if kind == "extra_forbidden" else _known_part(path)
+            known = path if kind == "extra_forbidden" else _known_part(path)
+            kind = (
+                "incomplete" if kind == "missing" and known != path else kind
+            )  # a list with fewer values than its key
+            path = known
             if not touched(path, problems):
                 problem = _describe(kind, path, table if kind != "missing" else {})
                 problems[problem.key] = problem

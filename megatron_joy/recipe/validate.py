@@ -11,10 +11,16 @@ from .derive import MOOT, layer_counts_fit, nearest_split
 from .dump import format_value
 from .fields import value_at
 from .fp8_rules import fp8_backend, fp8_parts, fp8_recompute, fp8_widths
-from .guard_rules import rollback_needs_checkpoints, spike_signals
+from .guard_rules import (
+    rollback_needs_checkpoints,
+    rollback_reaches_back,
+    spike_signals,
+    spike_window_is_reached,
+)
 from .schema import Recipe, SourceEntry
 from .stage_rules import stage_problems, stage_views, sum_problem
 
+OF_TIMETABLE = ("stages", "schedule", "train", "data", "model")
 ALIGNED = 8  # values: 16 bytes in bf16, which grouped matrix products want of every row
 
 
@@ -392,6 +398,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(("guards.spike", "guards.spike_loss", "guards.spike_grad_norm"), spike_signals),
     Rule(("guards.spike", "checkpoint.interval", "train.steps"), rollback_needs_checkpoints),
+    Rule(("guards.spike", "guards.spike_window", *OF_TIMETABLE), spike_window_is_reached),
+    Rule(("guards.spike", "guards.spike_span", "checkpoint"), rollback_reaches_back),
     Rule(("checkpoint.keep_every", "checkpoint.interval"), _keep_every),
     Rule(("checkpoint.keep_best", "checkpoint.interval", "train.validation_interval"), _keep_best),
     Rule(("run.profile_steps", "run.profile_ranks", "train.steps", "layout"), _profile),

@@ -121,6 +121,10 @@ def test_a_misspelt_required_key_is_one_error_not_two(tmp_path: Path) -> None:
         ("train.seed=3", "seed"),
         ("data.train.0.manifst=x", "data.train.0.manifest"),
         ("modell.vocab_size=8", "model"),
+        ("lr=1e-3", "schedule.peak_lr"),
+        ("model.num_experts=8", "model.n_routed_experts"),
+        ("train.seq_length=8", "data.sequence_length"),
+        ("train.batch=8", "train.global_batch_size"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(override: str, nearest: str) -> None:
@@ -143,6 +147,15 @@ def test_an_unknown_key_names_the_nearest_known_one(override: str, nearest: str)
         ("run.tensorboard=1", "run.tensorboard = 1: expects true or false; set true"),
         ("seed=-1", "seed = -1: expects int >= 0 and < 9223372036854775808; set 1234"),
         ("data.train=3", "data.train = 3: expects list of table; set []"),
+        (
+            "optimizer.betas=[0.9]",
+            "optimizer.betas = [0.9]: expects 2 numbers, each float >= 0 and < 1; set [0.9, 0.95]",
+        ),
+        ("run.profile_steps=5", "run.profile_steps = 5: expects 2 numbers, each int > 0; set [1, 1]"),
+        (
+            "run.notify.webhook_env=http://x",
+            'run.notify.webhook_env = "http://x": expects text matching ^[A-Za-z_][A-Za-z0-9_]*$; set "name"',
+        ),
     ],
 )
 def test_a_wrong_value_names_key_value_rule_and_fix(override: str, line: str) -> None:
