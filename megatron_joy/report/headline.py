@@ -112,6 +112,7 @@ def findings(run: RunLog, summary: RunSummary) -> str:
     found = [
         _state(summary, run),
         *_learning(summary),
+        *_drafting(summary),
         *_health(summary),
         *(("info", escape(notice) + ".") for notice in run.notices),
     ]
@@ -150,6 +151,21 @@ def _learning(s: RunSummary) -> list[tuple[str, str]]:
     if gap > 0:
         return [("good", f"Validation loss is <b>{gap:.2f} nats below</b> {entropy}.")]
     return [("warn", f"Validation loss is still <b>{-gap:.2f} nats above</b> {entropy}.")]
+
+
+def _drafting(s: RunSummary) -> list[tuple[str, str]]:
+    """What MTP's drafts are worth, and whether its layer knows less than the model's training should have taught it."""
+    found = []
+    if s.mtp_acceptance_length is not None:
+        found.append(("info", f"With MTP's drafts a pass gives <b>{s.mtp_acceptance_length:.2f} tokens</b>."))
+    entropy, main, mtp = s.unigram_entropy, s.validation_loss, s.validation_mtp_loss
+    if entropy is not None and main is not None and mtp is not None and main < entropy < mtp:
+        sentence = (
+            f"The MTP layer's validation loss ({mtp:.2f}) is <b>above the unigram entropy</b> ({entropy:.2f}), the "
+            "model's is below: the layer is young, or broken."
+        )
+        found.append(("warn", sentence))
+    return found
 
 
 def _health(s: RunSummary) -> list[tuple[str, str]]:

@@ -7,9 +7,11 @@ from pathlib import Path
 from megatron_joy.errors import UserError
 from megatron_joy.recipe import load_recipe
 from megatron_joy.recipe.timetable import Stage, Timetable
+from megatron_joy.recipe.usage import shares_of
 from megatron_joy.report import text
 from megatron_joy.report.charts import linear_ticks
 from megatron_joy.report.panels import panel
+from megatron_joy.report.tables import table
 
 _WIDTH, _LEFT, _RIGHT = 1120, 64, 16
 _TOP, _PART, _GAP, _FOOT = 26, 130, 22, 30
@@ -58,7 +60,45 @@ def schedule_panel(run_folder: Path, done: int) -> str:
         f'<span class="legend-item"><i class="swatch {colour}"></i>{name}</span>'
         for colour, name in (("c1", "learning rate"), ("c2", "tokens of an update"))
     )
-    return panel("schedule", "Planned schedule", CAPTION, "".join(parts), legend=legend, wide=True)
+    picture = "".join(parts) + _table(timetable.stages)
+    return panel("schedule", "Planned schedule", CAPTION, picture, legend=legend, wide=True)
+
+
+def _table(stages: Sequence[Stage]) -> str:
+    """The stages in figures: bands of a long run may be too narrow for their names."""
+    if len(stages) == 1:
+        return ""
+    head = (
+        "Stage",
+        "Updates",
+        "Tokens",
+        "Tokens of an update",
+        "Sequence",
+        "Learning rate",
+        "MTP",
+        "RoPE base",
+        "Blend",
+    )
+    return table(head, map(_row, stages), numeric=(1, 2, 3, 4, 5, 6, 7))
+
+
+def _row(stage: Stage) -> tuple[str, ...]:
+    shares = (f"{label} {float(share):.0%}" for label, share in shares_of(stage).items())
+    return (
+        escape(stage.name),
+        f"{stage.first_step + 1:,}–{stage.last_step:,}",
+        text.count(stage.tokens),
+        _from_to(text.count, stage.ramp.first * stage.sequence_length, stage.ramp.last * stage.sequence_length),
+        f"{stage.sequence_length:,}",
+        _from_to(text.general, stage.curves[0].start, stage.curves[-1].end),
+        text.general(stage.mtp_loss_factor) if stage.mtp_loss_factor else "off",
+        text.general(stage.rope_theta),
+        escape(", ".join(shares)),
+    )
+
+
+def _from_to(write: Callable[[float], str], first: float, last: float) -> str:
+    return write(first) if first == last else f"{write(first)} → {write(last)}"
 
 
 def _x(steps: int, step: float) -> float:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from megatron_joy.recipe.timetable import Timetable
 from megatron_joy.report import text
 from megatron_joy.report.attempts import Attempt, Event, Outcome, build_attempts
 from megatron_joy.report.errors import RankError, read_errors
@@ -57,9 +58,10 @@ class RunStatus:
 
     Attributes:
         state: how the newest attempt is or ended; None before the first.
+        mtp_acceptance_length: tokens that a pass gives with MTP's drafts, in the newest validation that counted them.
         stage, stage_last_step: the stage of the next update and its last update; None for a recipe without stages.
         stage_seconds_left: until then, as `seconds_left`.
-        seconds_left: until the planned last step, at the pace of the newest rows; None unless it is running.
+        seconds_left: until the planned last step, at the newest rows' pace by tokens; None unless it is running.
         tokens_per_second, step_seconds, mfu: medians of the newest attempt's last ROWS rows.
         peak_bytes: memory on the rank that had most.
         phases: share of the recent steps' time by phase, on the first rank.
@@ -84,6 +86,7 @@ class RunStatus:
     loss: float | None
     mtp_loss: float | None
     validation_loss: float | None
+    mtp_acceptance_length: float | None
     grad_norm: float | None
     lr: float | None
     tokens_per_second: float | None
@@ -133,7 +136,8 @@ def read_status(folder: str | Path, *, now: float) -> RunStatus:
     state = attempts[-1].outcome if attempts else None
     step = attempts[-1].end_step if attempts else 0
     planned = recipe.get("train", {}).get("steps") if isinstance(recipe.get("train"), dict) else None
-    stage = stage_at(timetable_of(path), step)
+    timetable = timetable_of(path)
+    stage = stage_at(timetable, step)
     pace = _median(rows, "step_seconds")
     whole: list[Checkpoint] = [one for one in read_checkpoints(path) if one.committed]
     name = recipe.get("name")
@@ -147,11 +151,12 @@ def read_status(folder: str | Path, *, now: float) -> RunStatus:
         steps_planned=planned,
         stage=stage.name if stage else None,
         stage_last_step=stage.last_step if stage else None,
-        stage_seconds_left=(stage.last_step - step) * pace if stage and pace and running else None,
+        stage_seconds_left=_left(timetable, rows, step, stage.last_step) if stage and running else None,
         tokens=_last(rows, "tokens"),
         loss=_last(rows, "loss"),
         mtp_loss=_last(rows, "mtp_loss"),
         validation_loss=_last(rows, "validation_loss"),
+        mtp_acceptance_length=_newest(rows, "mtp_acceptance_length"),
         grad_norm=_last(rows, "grad_norm"),
         lr=_last(rows, "lr"),
         tokens_per_second=_median(rows, "tokens_per_second"),
@@ -159,7 +164,7 @@ def read_status(folder: str | Path, *, now: float) -> RunStatus:
         mfu=_median(rows, "mfu"),
         peak_bytes=_newest(rows, "peak_bytes"),
         phases=_phases(rows),
-        seconds_left=(planned - step) * pace if planned and pace and running else None,
+        seconds_left=_left(timetable, rows, step, planned) if planned and running else None,
         silent_seconds=max(0.0, now - attempts[-1].end_time) if attempts else None,
         checkpoint_step=whole[-1].step if whole else None,
         checkpoint_bytes=whole[-1].size_bytes if whole else None,
@@ -170,6 +175,22 @@ def read_status(folder: str | Path, *, now: float) -> RunStatus:
         job=job_of(read_environment(path / "environment.json", []), now),
         errors=read_errors(path, events, attempts),
     )
+
+
+def _left(timetable: Timetable | None, rows: list[dict[str, Any]], step: int, last: int) -> float | None:
+    """Seconds from `step` to `last` updates: a token takes as long as in the newest rows, whatever the updates' sizes.
+
+    Where the timetable or the rows don't say how many tokens an update has, an update takes as long as theirs.
+    """
+    pace = _median(rows, "step_seconds")
+    sizes = [
+        {"tokens": row["global_batch_size"] * row["sequence_length"]} for row in rows if row.get("sequence_length")
+    ]
+    size = _median(sizes, "tokens")
+    if pace is None or timetable is None or not size or not step < last <= timetable.steps:
+        return None if pace is None else (last - step) * pace
+    end = timetable.at(last)
+    return (end.first_token + end.tokens - timetable.at(step + 1).first_token) / size * pace
 
 
 def _rows_of(rows: list[dict[str, Any]]) -> AttemptRows:
@@ -226,7 +247,7 @@ def _numbers(s: RunStatus) -> Table:
     of = f" of {s.steps_planned:,}" if s.steps_planned else ""
     pace = f"{text.count(s.tokens_per_second)} tokens/s"
     saved = f"step {s.checkpoint_step:,} ({text.size(s.checkpoint_bytes)})" if s.checkpoint_step is not None else "none"
-    rows = (
+    rows = [
         ("step", f"{s.step:,}{of}", "tokens", text.count(s.tokens)),
         ("train loss", text.loss(s.loss), "validation loss", text.loss(s.validation_loss)),
         ("MTP loss", text.loss(s.mtp_loss), "gradient norm", text.general(s.grad_norm)),
@@ -235,7 +256,9 @@ def _numbers(s: RunStatus) -> Table:
         ("checkpoint", saved, "a step takes", text.duration(s.step_seconds)),
         ("restarts", f"{s.restarts}", "slowest rank", escape(s.slowest_rank or "not known")),
         ("memory of a rank", text.size(s.peak_bytes), "MFU", _percent(s.mfu)),
-    )
+    ]
+    if s.mtp_acceptance_length is not None:
+        rows.append(("tokens a pass", f"{s.mtp_acceptance_length:.2f} with MTP's drafts", "", ""))
     if s.stage is not None and s.stage_last_step is not None:
         left = f", in {text.duration(s.stage_seconds_left)}" if s.stage_seconds_left is not None else ""
         table.add_row("[dim]stage[/]", escape(s.stage), "[dim]its last step[/]", f"{s.stage_last_step:,}{left}")

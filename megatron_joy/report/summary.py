@@ -23,6 +23,8 @@ class RunSummary:
 
     Attributes:
         steps_done: completed steps of the newest attempt; `steps_planned` is the recipe's.
+        validation_mtp_loss, mtp_acceptance_length: of the last validation that has them: the MTP layer's loss, and
+            tokens that a pass gives with its drafts.
         best_validation_loss: the lowest of the run, at `best_validation_step`.
         tokens_per_second, mfu: medians of the last RECENT_ROWS rows.
         memory: bytes by kind on the rank that has most, of the newest row that says.
@@ -42,6 +44,8 @@ class RunSummary:
     mtp_loss: float | None
     validation_loss: float | None
     validation_step: int | None
+    validation_mtp_loss: float | None
+    mtp_acceptance_length: float | None
     best_validation_loss: float | None
     best_validation_step: int | None
     unigram_entropy: float | None
@@ -109,6 +113,7 @@ def summarize(run: RunLog) -> RunSummary:
     metrics, attempts = run.metrics, run.attempts
     validation, best = last_value(metrics, "validation_loss"), best_value(metrics, "validation_loss")
     train, mtp = last_value(metrics, "loss"), last_value(metrics, "mtp_loss")
+    validated_mtp, drafts = last_value(metrics, "validation_mtp_loss"), last_value(metrics, "mtp_acceptance_length")
     tokens = last_value(metrics, "tokens")
     offset = first_moe_layer(run.recipe)
     last = attempts[-1] if attempts else None
@@ -126,6 +131,8 @@ def summarize(run: RunLog) -> RunSummary:
         mtp_loss=mtp[0] if mtp else None,
         validation_loss=validation[0] if validation else None,
         validation_step=validation[1] if validation else None,
+        validation_mtp_loss=validated_mtp[0] if validated_mtp else None,
+        mtp_acceptance_length=drafts[0] if drafts else None,
         best_validation_loss=best[0] if best else None,
         best_validation_step=best[1] if best else None,
         unigram_entropy=unigram_entropy(run.recipe, run.folder),

@@ -200,6 +200,22 @@ def test_the_unigram_entropy_is_drawn_when_the_manifest_has_it(tmp_path: Path) -
     assert without.data["summary"]["unigram_entropy"] is None
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_an_mtp_layer_that_knows_less_than_frequencies_is_found_and_drafts_are_told(
+    tmp_path: Path, broken: bool
+) -> None:
+    """The model's loss is below the entropy; so is the layer's, or it is above."""
+    (tmp_path / "validation").mkdir()
+    run = tmp_path / "runs" / "a"
+    truth = write_run(run, Plan(steps=60, validation="validation", validation_interval=20))
+    losses = truth.rows[60]["validation_loss"], truth.rows[60]["validation_mtp_loss"]
+    entropy = sum(losses) / 2 if broken else max(losses) + 1
+    (tmp_path / "validation" / "manifest.json").write_text(json.dumps({"unigram_entropy": entropy}))
+    page = write_report(run).read_text()
+    assert f"a pass gives <b>{truth.rows[60]['mtp_acceptance_length']:.2f} tokens</b>" in page
+    assert ("the layer is young, or broken" in page) is broken
+
+
 @pytest.mark.parametrize(
     "plan",
     [

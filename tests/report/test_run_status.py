@@ -19,6 +19,7 @@ def test_a_running_runs_status_has_its_newest_numbers_and_the_time_left(tmp_path
     assert (status.state, status.step, status.steps_planned) == ("running", 230, 300)
     assert (status.loss, status.mtp_loss, status.tokens) == (last["loss"], last["mtp_loss"], last["tokens"])
     assert status.validation_loss == truth.rows[200]["validation_loss"]
+    assert status.mtp_acceptance_length == truth.rows[200]["mtp_acceptance_length"]
     recent = sorted(truth.rows[step]["step_seconds"] for step in range(131, 231))
     assert status.step_seconds == pytest.approx((recent[49] + recent[50]) / 2)
     shares = {"data": 0.01, "forward": 0.3, "backward": 0.5, "communication": 0.1, "optimizer": 0.05}

@@ -48,6 +48,26 @@ def test_each_stage_is_a_band(run: Path) -> None:
     assert titles[2] == "decay: updates 25 to 36, 24.6k tokens"
 
 
+def test_the_stages_stand_below_in_figures_also_where_bands_are_too_narrow_for_names(run: Path) -> None:
+    (run / "recipe.toml").write_text(dump_recipe(load_recipe("joyai_48b_a3b")))
+    rows = re.findall(r"<tr>(<td.*?)</tr>", schedule_panel(run, 20))
+    cells = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in rows]
+    assert [row[0] for row in cells] == ["warmup", "stable", "code_math", "mid_training", "long_64k", "long_128k"]
+    assert cells[0][1:8] == ["1–3,934", "100B", "13.1M → 37.7M", "4,096", "0 → 0.00042", "off", "3.2e+07"]
+    assert cells[0][8] == "web 70%, code 15%, pdf 10%, synthetic 5%"
+    assert cells[5][6] == "0.1"
+
+
+def test_the_time_left_counts_tokens_where_updates_grow(run: Path) -> None:
+    """Update 4 of the ramp is small: what is left takes as many times longer as it has tokens."""
+    row = json.loads((run / "metrics.jsonl").read_text()) | {"step": 4, "global_batch_size": 8, "sequence_length": 128}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    status, timetable = read_status(run, now=1001.0), Timetable(load_recipe("joyai_tiny_stages"))
+    updates = [timetable.at(number) for number in range(5, 49)]
+    assert status.seconds_left == pytest.approx(sum(update.tokens for update in updates) / (8 * 128))
+    assert status.stage_seconds_left == pytest.approx(sum(update.tokens for update in updates[:8]) / (8 * 128))
+
+
 def test_a_run_without_a_readable_recipe_has_no_panel(tmp_path: Path) -> None:
     assert schedule_panel(tmp_path, 0) == ""
     (tmp_path / "recipe.toml").write_text("[model]\nold_key = 1\n")

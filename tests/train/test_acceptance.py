@@ -135,3 +135,11 @@ def test_length_and_ratio_are_the_papers() -> None:
     assert found.length == pytest.approx(2.2)
     assert found.ratio == pytest.approx(0.4)
     assert found.as_row()["mtp_acceptance_1"] == 0.6
+
+
+def test_the_line_of_a_validation_says_what_drafts_are_worth() -> None:
+    from megatron_joy.train.features.terminal import headline
+
+    row = {"loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 10.0, "validation_loss": 3.0}
+    assert "with drafts 1.75 tokens a pass" in headline(1, 2, row | {"mtp_acceptance_length": 1.75})
+    assert "drafts" not in headline(1, 2, row)

@@ -48,6 +48,8 @@ def headline(step: int, steps: int, row: dict[str, Any]) -> str:
     for key, label in (("mtp_loss", "mtp"), ("validation_loss", "validation")):
         if row.get(key) is not None:
             parts.append(f"{label} {row[key]:.4f}")
+    if row.get("mtp_acceptance_length") is not None:
+        parts.append(f"with drafts {row['mtp_acceptance_length']:.2f} tokens a pass")
     parts += [f"lr {row['lr']:.2e}", f"grad norm {row['grad_norm']:.3f}", f"{row['tokens_per_second']:,.0f} tokens/s"]
     return "  ".join(parts)
 
