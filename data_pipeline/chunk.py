@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 
 WHOLE = 1.25  # times the length of a chunk that one block may have
 _BLOCKS = re.compile(r"\n[ \t]*\n\s*")
-# Where a text may be cut, best first: after a sentence (also Chinese and Japanese ones), a line, a word, anywhere.
+# Where a text may be cut, best first: after a sentence (also Chinese and Japanese ones), a line, a word; then anywhere.
 _SENTENCE = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+|(?<=[。！？])[”’」』）]*")
-_CUTS = (_SENTENCE, re.compile(r"\n"), re.compile(r"\s+"), re.compile(r"(?<=.)", re.DOTALL))
+_CUTS = (_SENTENCE, re.compile(r"\n"), re.compile(r"\s+"))
 
 
 def _pieces(text: str, places: re.Pattern[str]) -> list[str]:
@@ -23,23 +23,28 @@ def _pieces(text: str, places: re.Pattern[str]) -> list[str]:
 
 def _pack(pieces: list[str], longest: int, length: Callable[[str], int]) -> Iterator[str]:
     """Neighbours together up to the longest length; a piece that is longer stays alone."""
-    group, size = "", 0
+    group: list[str] = []
+    size = 0
     for piece in pieces:
         added = length(piece)
         if group and size + added > longest:
-            yield group
-            group, size = "", 0
-        group, size = group + piece, size + added
+            yield "".join(group)
+            group, size = [], 0
+        group.append(piece)
+        size += added
     if group:
-        yield group
+        yield "".join(group)
 
 
 def _shorten(
     block: str, longest: int, length: Callable[[str], int], cuts: tuple[re.Pattern[str], ...]
 ) -> Iterator[str]:
     """A block in parts of at most WHOLE times the longest length."""
-    if length(block) <= WHOLE * longest or not cuts:
+    if length(block) <= WHOLE * longest:
         yield block
+        return
+    if not cuts:  # no character is shorter than 1
+        yield from (block[place : place + longest] for place in range(0, len(block), longest))
         return
     for part in _pack(_pieces(block, cuts[0]), longest, length):
         yield from _shorten(part, longest, length, cuts[1:])

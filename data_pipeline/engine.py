@@ -132,11 +132,22 @@ def _holds_shards(folder: Path) -> bool:
     return (folder / MANIFEST_NAME).exists() or any(SHARD_FILE.fullmatch(path.name) for path in folder.glob("shard_*"))
 
 
+def _stored_plan(path: Path) -> dict[str, Any]:
+    """A plan as it was written. Raises UserError when it is none."""
+    try:
+        content = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError:
+        content = None
+    if not isinstance(content, dict) or not set(Plan.__dataclass_fields__) <= set(content):
+        raise UserError(f"{path}: damaged, no plan of a run; give another output.folder, or remove this one")
+    return content
+
+
 def check_owner(pipeline: Pipeline) -> None:
     """Raises UserError when the output folder belongs to something else."""
     path = plan_path(pipeline)
     if path.is_file():
-        owner = orjson.loads(path.read_bytes()).get("pipeline")
+        owner = _stored_plan(path).get("pipeline")
         if owner != pipeline.name:
             raise UserError(
                 f"output.folder = {pipeline.output.folder}: holds the output of pipeline {owner!r}, not of "
@@ -159,7 +170,7 @@ def load_plan(pipeline: Pipeline) -> Plan:
     """The plan that `joy data run` made. Raises UserError when there is none, or it is of another pipeline."""
     path = plan_path(pipeline)
     try:
-        content = orjson.loads(path.read_bytes())
+        content = _stored_plan(path)
     except FileNotFoundError:
         raise UserError(f"{path}: not there; make the plan first (joy data run, or the worker with --plan)") from None
     plan = Plan(
@@ -198,7 +209,7 @@ class Engine:
             whole = record["fingerprint"] == self.fingerprints[stage] and all(
                 (self.job.folder / file["path"]).stat().st_size == file["bytes"] for file in record["files"]
             )
-        except (FileNotFoundError, orjson.JSONDecodeError, KeyError):
+        except (FileNotFoundError, orjson.JSONDecodeError, KeyError, TypeError):
             return None
         return record if whole else None
 
@@ -257,6 +268,8 @@ def statistics_of(job: Job, stage: str, count: int) -> list[dict[str, Any]]:
             found.append(orjson.loads(path.read_bytes())["statistics"])
         except FileNotFoundError:
             raise WorkError(f"{path}: not there; stage {stage} must be whole before the next one starts") from None
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            raise WorkError(f"{path}: damaged; remove it and run again") from None
     return found
 
 

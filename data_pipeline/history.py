@@ -6,12 +6,13 @@ the record is, and the text's hash says whether what comes out is the document t
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import Pipeline
 from data_pipeline.engine import PIPELINE, WORK, load_plan
-from data_pipeline.inventory import COMPRESSED, Piece
+from data_pipeline.inventory import UNSEEN, Piece, compression_of
 from data_pipeline.readers.base import Document
 from data_pipeline.readers.open import read_piece
 from data_pipeline.spool import text_hash
@@ -41,9 +42,10 @@ def _records(pipeline: Pipeline, folder: Path, origin: DocumentOrigin) -> Iterat
     plan = load_plan(pipeline.model_copy(update={"output": pipeline.output.model_copy(update={"folder": str(folder)})}))
     for number, file in enumerate(plan.inputs):
         if names[file.source] == origin.source and file.path == origin.file:
-            seekable = pipeline.sources[file.source].reader in SEEKABLE and not file.path.endswith(tuple(COMPRESSED))
+            seekable = pipeline.sources[file.source].reader in SEEKABLE and compression_of(file.path) is None
             piece = Piece(number, origin.offset if seekable else 0, None)
-            for record in read_piece(pipeline, file, piece):
+            # Whether it was only touched, the text's hash says.
+            for record in read_piece(pipeline, replace(file, modified_ns=UNSEEN), piece):
                 if isinstance(record, Document) and record.offset == origin.offset:
                     yield record, file.licence
                 elif record.offset > origin.offset and seekable:

@@ -6,6 +6,7 @@ The result depends on the files and the pipeline alone, never on the number of w
 import glob
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -36,11 +37,20 @@ DEFAULT_SUFFIXES = {
     "warc": (".warc", ".warc.gz", ".warc.zst"),
 }
 SKIPPED_FOLDERS = {"__pycache__", "node_modules"}
+UNSEEN = -1  # time of an input that the system did not let us look at
+# What a run writes into its output folder, which is never an input of its own.
+WRITTEN = (
+    *("train", "validation", "tokenizer", "work", "signatures"),
+    *("quarantine.jsonl", "ledger.json", "dropped_samples.jsonl", "decontaminated.jsonl"),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """One input. path is what reports call it; location is its path's bytes as Latin-1 (any file name survives)."""
+    """One input. path is what reports call it; location is its path's bytes as Latin-1 (any file name survives).
+
+    modified_ns: UNSEEN, with a size of 0, where the system did not say.
+    """
 
     source: int
     path: str
@@ -65,45 +75,110 @@ def printable(path: str) -> str:
 
 
 def _input(source: int, path: str, display: str, licence: str | None) -> InputFile:
-    status = os.stat(path)
     location = os.fsencode(os.path.abspath(path)).decode("latin-1")
+    try:
+        status = os.stat(path)
+    except OSError:  # its reader will say why
+        return InputFile(source, printable(display), location, 0, UNSEEN, licence)
     return InputFile(source, printable(display), location, status.st_size, status.st_mtime_ns, licence)
 
 
-def _walk(folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
-    """Files of a tree by suffix, in order. Links are not followed: a foreign tree must not lead out of itself."""
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in SKIPPED_FOLDERS)
+def _is_plain(path: str) -> bool:
+    """Whether a path is a file and no link, or one that the system does not let us look at: its reader says so then."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+
+
+def _walk(folder: str, suffixes: tuple[str, ...], own: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Files of a tree by suffix, in order, then folders that cannot be listed, so that their reader says so.
+
+    Links are not followed: a foreign tree must not lead out of itself. own: real paths that are passed over.
+    """
+    closed: list[str] = []
+    real = os.path.realpath(folder)
+    for parent, folders, files in os.walk(folder, onerror=lambda error: closed.append(error.filename)):
+        place = os.path.normpath(os.path.join(real, os.path.relpath(parent, folder)))
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and name not in SKIPPED_FOLDERS and os.path.join(place, name) not in own
+        )
         for name in sorted(files):
             path = os.path.join(parent, name)
-            if name.lower().endswith(suffixes) and not os.path.islink(path) and os.path.isfile(path):
+            if name.lower().endswith(suffixes) and os.path.join(place, name) not in own and _is_plain(path):
                 yield path
+    yield from sorted(closed)
 
 
-def expand(pattern: str, suffixes: tuple[str, ...]) -> Iterator[str]:
-    """The files that a path or a glob stands for, in order; of folders those with these endings, at any depth."""
-    found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
-    for path in found:
+def _is_own(path: str, own: frozenset[str]) -> bool:
+    real = os.path.realpath(path)
+    return any(real == name or real.startswith(name + os.sep) for name in own)
+
+
+def expand(pattern: str, suffixes: tuple[str, ...], own: frozenset[str] = frozenset()) -> Iterator[str]:
+    """The files that a path or a glob stands for, in order; of folders those with these endings, at any depth.
+
+    own: real paths of files and folders that are passed over, with all below them.
+    """
+    many = glob.has_magic(pattern)
+    for path in sorted(glob.glob(pattern, recursive=True)) if many else [pattern]:
+        if own and _is_own(path, own):
+            continue
         if os.path.isdir(path):
-            yield from _walk(path, suffixes)
-        elif os.path.isfile(path):
+            yield from _walk(path, suffixes, own)
+        elif os.path.isfile(path) or _is_plain(path) or (many and _leads_nowhere(path)):
             yield path
+
+
+def _leads_nowhere(path: str) -> bool:
+    return os.path.islink(path) and not os.path.exists(path)
+
+
+def _nothing_at(pattern: str, suffixes: tuple[str, ...], own: frozenset[str]) -> str:
+    """Why a pattern stands for no file."""
+    if own and next(expand(pattern, suffixes), None) is not None:
+        return "matches no file but what this pipeline wrote itself"
+    if _leads_nowhere(pattern):
+        return f"matches no file: it is a link to {printable(os.readlink(pattern))}, which is not there"
+    if os.path.exists(pattern) and not os.path.isdir(pattern):
+        return "matches no file: it is a pipe or a device"
+    if not glob.has_magic(pattern) and not os.path.exists(pattern):
+        return "matches no file: it is not there"
+    return f"matches no file (endings looked for in folders: {' '.join(suffixes[:8])})"
 
 
 def repository_files(folder: str, suffixes: tuple[str, ...]) -> list[str]:
     """What is read of a repository: its files by suffix, and the licences at its root."""
-    licences = (os.path.join(folder, name) for name in os.listdir(folder) if LICENCE_FILE.match(name))
+    try:
+        names = os.listdir(folder)
+    except OSError:  # the walk says so
+        names = []
+    licences = (os.path.join(folder, name) for name in names if LICENCE_FILE.match(name))
     plain = (path for path in licences if os.path.isfile(path) and not os.path.islink(path))
     return sorted({*_walk(folder, suffixes), *plain})
 
 
+def size_of(path: str) -> int:
+    """Bytes of a file, whether it can be read or not; 0 for what cannot be looked at or is no file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
+
+
 def _repository(number: int, folder: str, source: SourceSection) -> InputFile:
     found = _input(number, folder, folder, source.licence)
-    statuses = [os.stat(path) for path in repository_files(folder, suffixes_of(source))]
+    paths = repository_files(folder, suffixes_of(source))
+    parts = [_input(number, path, path, None) for path in paths]
     return replace(
         found,
-        size=sum(status.st_size for status in statuses),
-        modified_ns=max((status.st_mtime_ns for status in statuses), default=0),
+        size=sum(map(size_of, paths)),
+        modified_ns=max((part.modified_ns for part in parts), default=0),
     )
 
 
@@ -123,10 +198,10 @@ def _repositories_of(number: int, source: SourceSection) -> list[InputFile]:
 
 def suffixes_of(source: SourceSection) -> tuple[str, ...]:
     """The endings of the files that are looked for in a source's folders."""
-    return tuple(source.suffixes) or DEFAULT_SUFFIXES[source.reader]
+    return tuple(suffix.lower() for suffix in source.suffixes) or DEFAULT_SUFFIXES[source.reader]
 
 
-def _files_of(number: int, source: SourceSection) -> list[InputFile]:
+def _files_of(number: int, source: SourceSection, own: frozenset[str]) -> list[InputFile]:
     if source.reader == "python_environment":
         return [
             _input(number, file.location, file.path, file.licence or source.licence)
@@ -135,28 +210,48 @@ def _files_of(number: int, source: SourceSection) -> list[InputFile]:
     if source.reader == "repository":
         return _repositories_of(number, source)
     suffixes = suffixes_of(source)
-    paths: dict[str, None] = {}
+    paths: dict[str, str] = {}  # by where a file really lies: however it is spelled, it is read once
+    folders: dict[str, str] = {}
     for pattern in source.paths:
-        before = len(paths)
-        paths |= dict.fromkeys(expand(pattern, suffixes))
-        if len(paths) == before and not any(True for _ in expand(pattern, suffixes)):
+        path = None
+        for path in expand(pattern, suffixes, own):
+            paths.setdefault(_real(path, folders), path)
+        if path is None:
             raise UserError(
-                f"sources.{number}.paths: {pattern} matches no file (endings looked for in folders: "
-                f"{' '.join(suffixes[:8])}); give a file, a folder or a glob that exists"
+                f"sources.{number}.paths: {pattern} {_nothing_at(pattern, suffixes, own)}; give a file, a folder or a "
+                "glob that exists"
             )
-    return [_input(number, path, path, source.licence) for path in paths]
+    return [_input(number, path, path, source.licence) for path in paths.values()]
+
+
+def _real(path: str, folders: dict[str, str]) -> str:
+    """Where a file lies when no link is on the way. folders: what is known of folders already."""
+    if os.path.islink(path):
+        return os.path.realpath(path)
+    parent, name = os.path.split(path)
+    if parent not in folders:
+        folders[parent] = os.path.realpath(parent)
+    return os.path.join(folders[parent], name)
+
+
+def compression_of(path: str) -> str | None:
+    """The ending that says how a file is compressed, None for a plain file. Case doesn't matter, as in folders."""
+    ending = os.path.splitext(path)[1].lower()
+    return ending if ending in COMPRESSED else None
 
 
 def text_per_byte(path: str, reader: str) -> float:
     """How much text a byte of a file is taken for."""
-    return COMPRESSED.get(os.path.splitext(path)[1], 1.0) * DENSITY.get(reader, 1.0)
+    return COMPRESSED.get(compression_of(path) or "", 1.0) * DENSITY.get(reader, 1.0)
 
 
 def _can_be_cut(path: str, reader: str) -> bool:
     """Whether a record can be found from any place in the file."""
-    plain = not path.endswith(tuple(COMPRESSED))
+    compression = compression_of(path)
     return (
-        (reader in ("jsonl", "pages") and plain) or reader == "parquet" or (reader == "warc" and path.endswith(".gz"))
+        (reader in ("jsonl", "pages") and compression is None)
+        or reader == "parquet"
+        or (reader == "warc" and compression == ".gz")
     )
 
 
@@ -225,10 +320,11 @@ class Inventory:
 def take_inventory(pipeline: Pipeline) -> Inventory:
     """Find the inputs of a pipeline. Raises UserError when a path matches nothing or nothing is there at all."""
     target = int(pipeline.output.shard_megabytes * MEGABYTE)
+    written = frozenset(os.path.join(os.path.realpath(pipeline.folder), name) for name in WRITTEN)
     inputs: list[InputFile] = []
     pieces: list[tuple[Piece, int]] = []
     for number, source in enumerate(pipeline.sources):
-        files = _files_of(number, source)
+        files = _files_of(number, source, written)
         cut = [item for index, file in enumerate(files) for item in _cut(index, file, source.reader, target)]
         own, files = _used(_capped(cut, files, source.max_megabytes), files, len(inputs))
         inputs += files

@@ -28,6 +28,7 @@ from data_pipeline.spool import spool_paths, unique
 from data_pipeline.stream import stream_task, stream_tasks
 from data_pipeline.tokenizer import (
     COPIED_FILES,
+    TOKENIZER_FILE,
     copy_tokenizer,
     identify,
     package_folder,
@@ -69,10 +70,17 @@ def _given_tokenizer(pipeline: Pipeline) -> Path | None:
 
 
 def check_tokenizer(pipeline: Pipeline) -> None:
-    """Raises UserError when the given tokenizer is none: that should not come up after all inputs were read."""
+    """Raises UserError when the given tokenizer is none: that should not come up after all inputs were read.
+
+    One that an earlier run has copied is not loaded again.
+    """
     given = _given_tokenizer(pipeline)
-    if given is not None:
-        identify(given, pipeline.tokenizer.eod_token)
+    if given is None:
+        return
+    identify(given, pipeline.tokenizer.eod_token)
+    copy = pipeline.folder / TOKENIZER_FOLDER / TOKENIZER_FILE
+    if not copy.is_file() or file_sha256(copy) != file_sha256(given / TOKENIZER_FILE):
+        oracle_of(given)
 
 
 def tokenizer_task(job: Job, shard: int) -> TaskResult:
@@ -120,7 +128,7 @@ def _score_tasks(job: Job) -> int:
 
 
 STAGES = [
-    Stage("read", "reading inputs", 5, (), read_settings, read_tasks, read_task),
+    Stage("read", "reading inputs", 6, (), read_settings, read_tasks, read_task),
     Stage("regroup", "sorting groups into shards", 1, ("read",), lambda job: None, regroup_tasks, regroup_task),
     Stage("sign", "signing documents", 1, ("read",), near_settings, _near_tasks, sign_task),
     Stage("match", "finding candidates", 1, ("sign",), near_settings, _match_tasks, match_task),
@@ -174,7 +182,7 @@ STAGES = [
         write_tasks,
         write_task,
     ),
-    Stage("stream", "encoding and writing", 1, ("tokenizer",), lambda job: None, stream_tasks, stream_task),
+    Stage("stream", "encoding and writing", 2, ("tokenizer",), lambda job: None, stream_tasks, stream_task),
     Stage(
         "finish",
         "closing the accounts",

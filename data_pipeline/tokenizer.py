@@ -151,7 +151,11 @@ def identify(folder: Path, eod_token: str | None = None) -> TokenizerIdentity:
     """
     path = folder / TOKENIZER_FILE
     content = _read_json(path)
-    added = {token["content"]: token["id"] for token in content.get("added_tokens") or [] if token.get("special")}
+    try:
+        added = {token["content"]: token["id"] for token in content.get("added_tokens") or [] if token.get("special")}
+        largest = _largest_id(content, path)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no tokenizer of the Hugging Face library ({error!r}); give its folder") from None
     eod = eod_token or _configured_eod(folder)
     if eod is None or eod not in added:
         some = ", ".join(repr(token) for token in list(added)[:8]) or "none"
@@ -159,7 +163,7 @@ def identify(folder: Path, eod_token: str | None = None) -> TokenizerIdentity:
         raise UserError(f"{path}: {found} ({some}); set tokenizer.eod_token to one of them")
     return TokenizerIdentity(
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        vocab_size=_largest_id(content, path) + 1,
+        vocab_size=largest + 1,
         eod_id=added[eod],
         eod_token=eod,
     )

@@ -16,7 +16,6 @@ from data_pipeline.transform.base import Block, Draft, TransformSection, require
 
 CONTROLS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ufeff\ufff9-\ufffb]")
 LINE_ENDS = re.compile("\r\n?|\x0c|\u2028|\u2029")
-TRAILING = re.compile(r"[^\S\n]+$", re.MULTILINE)
 BLANK_LINES = re.compile(r"\n{4,}")
 REPLACEMENT = "\ufffd"
 SIGNS_OF_DAMAGE = re.compile("[\u0080-\u009f\u00c2-\u00f4\u0102-\u0192\u02c6-\u02dd\u2018-\u203a\u20ac\u2122]")
@@ -63,6 +62,7 @@ class _Normalise(Block):
             counts["normalised"] += 1
         if text.count(REPLACEMENT) > self._damaged_share * len(text):
             return "unreadable"
-        text = BLANK_LINES.sub("\n\n\n", TRAILING.sub("", text)).strip("\n")
+        text = "\n".join(line.rstrip() for line in text.split("\n"))
+        text = BLANK_LINES.sub("\n\n\n", text).strip("\n")
         draft.text = text
         return None

@@ -9,7 +9,8 @@ from data_pipeline.readers.base import Document, Record, Rejected, excerpt, most
 from data_pipeline.transform.base import require
 from megatron_joy.errors import UserError
 
-BATCH = 512  # rows decoded at a time
+BATCH, BATCH_BYTES = 512, 16_000_000  # rows, and about how much of all their columns, that are decoded at a time
+BUFFER = 1 << 20  # compressed bytes that are read at a time: a column of one row group can have gigabytes
 
 
 def _columns(source: SourceSection) -> list[str]:
@@ -21,6 +22,9 @@ def check_columns(schema: Any, source: SourceSection, path: str) -> None:
     """Raises UserError when a column is missing or the text is no text."""
     import pyarrow.types as types
 
+    twice = [name for name in _columns(source) if schema.names.count(name) > 1]
+    if twice:
+        raise UserError(f"{path}: several columns are called {', '.join(twice)}; write it again with one of them")
     missing = [name for name in _columns(source) if name not in schema.names]
     if missing:
         raise UserError(
@@ -28,7 +32,16 @@ def check_columns(schema: Any, source: SourceSection, path: str) -> None:
             f"licence_field or url_field of source {source.name}"
         )
     kind = schema.field(source.text_field).type
-    texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
+    if types.is_dictionary(kind):  # as pandas writes categories
+        kind = kind.value_type
+    texts = (
+        types.is_null,
+        types.is_string,
+        types.is_large_string,
+        types.is_string_view,
+        types.is_binary,
+        types.is_large_binary,
+    )
     if not any(check(kind) for check in texts):
         raise UserError(
             f"{path}: column {source.text_field} holds {kind}, expected strings: set text_field of source {source.name}"
@@ -40,6 +53,12 @@ def _group_start(group: Any) -> int:
     column = group.column(0)
     first = column.dictionary_page_offset
     return int(column.data_page_offset if first is None else min(first, column.data_page_offset))
+
+
+def _batch_of(group: Any) -> int:
+    """How many rows of a group are decoded at a time."""
+    row = group.total_byte_size // max(1, group.num_rows)
+    return int(min(BATCH, max(1, BATCH_BYTES // max(1, row))))
 
 
 def _row(values: dict[str, Any], offset: int, source: SourceSection, limit: int) -> Record:
@@ -66,6 +85,8 @@ def _rows(batch: Any, names: list[str]) -> Iterator[dict[str, Any]]:
     columns = []
     for name in names:
         column = batch.column(name)
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
         text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
         if text and name == names[0]:
             column = column.cast(pa.large_binary())
@@ -82,7 +103,7 @@ def read_parquet(stream: BinaryIO, piece: Piece, source: SourceSection, limit: i
     broken = (pa.ArrowException, OSError, ValueError)
     offset = 0
     try:
-        file = pq.ParquetFile(stream)
+        file = pq.ParquetFile(stream, buffer_size=BUFFER)
         check_columns(file.schema_arrow, source, getattr(stream, "name", b"").decode("utf-8", "backslashreplace"))
         names = _columns(source)
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
@@ -95,7 +116,7 @@ def read_parquet(stream: BinaryIO, piece: Piece, source: SourceSection, limit: i
         if piece.start <= start and (piece.end is None or start < piece.end):
             place = offset
             try:
-                for batch in file.iter_batches(BATCH, row_groups=[number], columns=names, use_threads=False):
+                for batch in file.iter_batches(_batch_of(group), row_groups=[number], columns=names, use_threads=False):
                     for values in _rows(batch, names):
                         yield _row(values, place, source, limit)
                         place += 1

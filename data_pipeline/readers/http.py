@@ -1,12 +1,19 @@
 """An HTTP response as text: transfer and content encoding undone within bounds, the character set found."""
 
+import io
+import re
 import zlib
 
-from data_pipeline.readers.base import Document, Record, Rejected, excerpt
+from data_pipeline.readers.base import BROKEN_STREAM, EXCERPT, Document, Record, Rejected, excerpt
+from megatron_joy.data.zstd import open_zstd
 
 HTML_TYPES = (b"text/html", b"application/xhtml+xml")
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # how such streams begin
+# Codings that no library of ours undoes; names that are none (a character set, "none") change nothing.
+UNREAD_CODINGS = {b"br", b"compress", b"x-compress", b"dcb", b"dcz", b"bzip2", b"xz", b"lzma"}
 LONGEST_HEADER = 1 << 17
-DETECTED = 1 << 16  # bytes that the guess of a character set looks at
+DETECTED = 1 << 16  # bytes that the guess of a character set looks at, and characters that tell a page from an image
+CONTROLS, CONTROL_SHARE = re.compile("[\0-\x08\x0b\x0e-\x1a\x1c-\x1f]"), 0.02
 
 
 class BrokenMessage(Exception):
@@ -50,26 +57,53 @@ def _unchunk(body: bytes) -> bytes:
 
 
 def _inflate(body: bytes, window: int, limit: int) -> bytes:
-    try:
-        inflate = zlib.decompressobj(window)
-        content = inflate.decompress(body, limit + 1)
-    except zlib.error as error:
-        raise BrokenMessage(f"content encoding: {error}") from None
+    """At most limit + 1 bytes of a stream's content, of several streams one after another the content of all."""
+    content = b""
+    while body and len(content) <= limit:
+        try:
+            inflate = zlib.decompressobj(window)
+            content += inflate.decompress(body, limit + 1 - len(content))
+        except zlib.error as error:
+            raise BrokenMessage(f"content encoding: {error}") from None
+        body = inflate.unused_data
+        if not body.startswith(GZIP):
+            break
     return content
 
 
-def _decoded(fields: dict[bytes, bytes], body: bytes, limit: int) -> bytes:
-    """The body with its encodings undone, at most limit + 1 bytes. Raises BrokenMessage."""
-    if fields.get(b"transfer-encoding", b"").lower() == b"chunked":
-        body = _unchunk(body)
-    encoding = fields.get(b"content-encoding", b"").lower()
-    if encoding in (b"gzip", b"x-gzip"):
-        # A crawler that undid the encoding keeps the header.
-        return _inflate(body, 31, limit) if body.startswith(b"\x1f\x8b") else body
-    if encoding == b"deflate" and not body.lstrip().startswith(b"<"):
+def _unzstd(body: bytes, limit: int) -> bytes:
+    try:
+        return open_zstd(io.BytesIO(body)).read(limit + 1)
+    except BROKEN_STREAM as error:
+        raise BrokenMessage(f"content encoding: {error}") from None
+
+
+def _uncode(coding: bytes, body: bytes, limit: int) -> bytes:
+    """The body with one coding undone. A crawler that undid it may have kept the header: then it is a page already."""
+    if coding in (b"gzip", b"x-gzip"):
+        return _inflate(body, 31, limit) if body.startswith(GZIP) else body
+    if body.lstrip().startswith(b"<"):
+        return body
+    if coding == b"deflate":
         return _inflate(body, 15 if body[:1] == b"\x78" else -15, limit)
-    if encoding == b"br" and not body.lstrip().startswith(b"<"):
-        raise BrokenMessage("content encoding br is not supported")
+    if coding == b"zstd":
+        return _unzstd(body, limit) if body.startswith(ZSTD) else body
+    if coding in UNREAD_CODINGS:
+        raise BrokenMessage(f"content encoding {coding.decode()} is not supported")
+    return body
+
+
+def _codings(fields: dict[bytes, bytes], name: bytes) -> list[bytes]:
+    return [coding.strip() for coding in fields.get(name, b"").lower().split(b",")]
+
+
+def _decoded(fields: dict[bytes, bytes], body: bytes, limit: int) -> bytes:
+    """The body with its encodings undone, the last one first, at most limit + 1 bytes. Raises BrokenMessage."""
+    transfer = _codings(fields, b"transfer-encoding")
+    if b"chunked" in transfer:
+        body = _unchunk(body)
+    for coding in reversed([*_codings(fields, b"content-encoding"), *transfer]):
+        body = _uncode(coding, body, limit)
     return body
 
 
@@ -103,6 +137,12 @@ def decode(content: bytes, stated: str | None) -> str:
         return str(bytes_to_str(content, guess, "replace", fallback_encodings=()))
 
 
+def _is_binary(text: str) -> bool:
+    """Whether what is called a page is an image, an archive or the like: those are control characters for a tenth."""
+    beginning = text[:DETECTED]
+    return CONTROL_SHARE * len(beginning) < len(CONTROLS.findall(beginning))
+
+
 def page_of(message: bytes, offset: int, url: str | None, limit: int) -> Record:
     """The HTML page of an HTTP response, or why it is none."""
     try:
@@ -118,6 +158,8 @@ def page_of(message: bytes, offset: int, url: str | None, limit: int) -> Record:
     if len(content) > limit:
         return Rejected("too_large", offset, excerpt(content))
     text = decode(content, _parameter(kind))
+    if _is_binary(text):
+        return Rejected("binary", offset, f"{url or ''} {excerpt(content)}"[:EXCERPT])
     if not text.strip():
         return Rejected("empty", offset, url or "")
     return Document(text.encode("utf-8", "replace"), offset, None, url)

@@ -8,7 +8,7 @@ from data_pipeline.code.licence import LICENCE_FILE, of_repository
 from data_pipeline.code.repository import documents
 from data_pipeline.code.signals import Bounds, signals_of, verdict
 from data_pipeline.config import SourceSection
-from data_pipeline.inventory import InputFile, printable, repository_files, suffixes_of
+from data_pipeline.inventory import InputFile, printable, repository_files, size_of, suffixes_of
 from data_pipeline.readers.base import Document, Record, Rejected
 from data_pipeline.readers.files import whole_text
 from megatron_joy.errors import WorkError
@@ -20,7 +20,7 @@ def _read_file(path: str, limit: int) -> tuple[int, bytes | Rejected]:
         with open(path, "rb") as stream:
             return os.fstat(stream.fileno()).st_size, whole_text(stream, limit)
     except OSError as error:
-        return 0, Rejected("unreadable", 0, error.strerror or type(error).__name__)
+        return size_of(path), Rejected("unreadable", 0, error.strerror or type(error).__name__)
 
 
 def _judged(text: str, path: str, source: SourceSection) -> str | None:

@@ -292,7 +292,7 @@ def read_warc(raw: BinaryIO, piece: Piece, source: SourceSection, limit: int) ->
     """The pages of a piece of a WARC; requests, metadata and the like are no records of ours."""
     require("resiliparse", f'source {source.name} with reader = "warc"')
     name = getattr(raw, "name", b"")
-    suffix = name if isinstance(name, bytes) else str(name).encode()
+    suffix = (name if isinstance(name, bytes) else str(name).encode()).lower()
     if suffix.endswith(b".gz"):
         yield from _read_members(raw, piece, limit)
         return

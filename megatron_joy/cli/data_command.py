@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -193,12 +194,12 @@ def _contents(report: SetReport) -> Table:
     entropy = "" if report.unigram_entropy is None else f"; unigram entropy {report.unigram_entropy:.3f} nats/token"
     shards = f"{report.shards} shards of {report.dtype}, vocabulary {report.vocab_size}{entropy}"
     lengths = f"documents have {report.median_tokens:,} tokens in the median, {report.longest_tokens:,} at most"
-    table = Table(title=report.folder, title_justify="left", box=SIMPLE_HEAD, caption=f"{shards}\n{lengths}")
+    table = Table(title=escape(report.folder), title_justify="left", box=SIMPLE_HEAD, caption=f"{shards}\n{lengths}")
     table.caption_justify = "left"
     for name in ("source", "documents", "tokens", "MB of text", "bytes/token"):
         table.add_column(name, justify="left" if name == "source" else "right")
     for name, part in report.sources.items():
-        table.add_row(name, *_amounts(part))
+        table.add_row(escape(name), *_amounts(part))
     whole = {"documents": report.documents, "tokens": report.tokens, "bytes_text": report.bytes_text}
     table.add_row("all", *_amounts(whole), style="bold")
     return table

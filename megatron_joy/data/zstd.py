@@ -5,6 +5,10 @@ from typing import Any, BinaryIO, cast
 
 import zstandard
 
+# Compressed bytes that are handed over at a time. A run of one byte takes four for each 128 kB of it: more at a time
+# would let a small file ask for gigabytes at once.
+SLICE = 1 << 11
+
 
 class WholeFrames(io.RawIOBase):
     """Frames, decompressed one after another. Reading raises EOFError where the last one ends too early."""
@@ -15,21 +19,21 @@ class WholeFrames(io.RawIOBase):
         self._frame = self._decompressor.decompressobj()
         self._begun = False
         self._pending = b""
-        self._output = b""
+        self._output = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._output:
-            chunk = self._pending or self._raw.read(1 << 17)
+            chunk = self._pending or self._raw.read(SLICE)
             if not chunk:
                 if self._begun:
                     raise EOFError("the last frame is cut short")
                 return 0
             if self._frame.eof:
                 self._frame = self._decompressor.decompressobj()
-            self._output = self._frame.decompress(chunk)
+            self._output = memoryview(self._frame.decompress(chunk))
             self._pending = self._frame.unused_data if self._frame.eof else b""
             self._begun = not self._frame.eof
         count = min(len(buffer), len(self._output))

@@ -14,8 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.config import SourceSection
-from data_pipeline.inventory import take_inventory
+from data_pipeline.inventory import Piece, take_inventory
 from data_pipeline.readers.base import REASONS, Document, Record, Rejected
+from data_pipeline.readers.open import read_piece
 from megatron_joy.errors import UserError
 from tests.data_pipeline.test_readers import pipeline, read_all
 
@@ -101,6 +102,40 @@ def test_a_parquet_file_without_the_columns_is_one_line(
     with pytest.raises(UserError, match=says) as error:
         read_all(pipeline(source(path, **more)))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [pa.dictionary(pa.int32(), pa.string()), pa.large_string(), pa.string_view()])
+def test_every_arrow_type_of_strings_is_text(tmp_path: Path, kind: pa.DataType) -> None:
+    rows = ["one", "two", "one", None]
+    path = parquet(tmp_path / "a.parquet", {"text": pa.array(rows, pa.string()).cast(kind)})
+    found = read_all(pipeline(source(path)))
+    assert (texts(found), reasons(found)) == (["one", "two", "one"], {"missing_text": 1})
+
+
+def test_a_column_of_nothing_but_nulls_has_no_text(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "a.parquet", {"text": pa.nulls(3)})
+    assert reasons(read_all(pipeline(source(path)))) == {"missing_text": 3}
+
+
+def test_two_columns_of_one_name_are_one_line(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: several columns are called text"):
+        read_all(pipeline(source(tmp_path / "a.parquet")))
+
+
+def test_long_rows_are_decoded_a_few_at_a_time(tmp_path: Path) -> None:
+    """A batch of 512 rows of 2 MB would be a gigabyte."""
+    rows = [f"{number} " + "x" * 2_000_000 for number in range(60)]
+    path = parquet(tmp_path / "a.parquet", {"text": rows}, use_dictionary=False, compression="zstd", write_batch_size=1)
+    wanted, before = pipeline(source(path), max_document_megabytes=3), pa.total_allocated_bytes()
+    inventory, most, sizes = take_inventory(wanted), 0, []
+    for record in read_piece(wanted, inventory.inputs[0], Piece(0, 0, None)):
+        assert isinstance(record, Document)
+        sizes.append(len(record.text))
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert sizes == list(map(len, rows))
+    assert most < 60_000_000
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])

@@ -217,6 +217,60 @@ def test_encodings_of_the_transfer_are_undone(tmp_path: Path, headers: bytes) ->
     assert pages(read(write(tmp_path, ".warc", sent + undone))) == [("u", page(3))] * 2
 
 
+def sent(body: bytes, headers: bytes) -> bytes:
+    return response("u", body, HTML + headers)
+
+
+def chunked(body: bytes) -> bytes:
+    return b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+
+
+HALVES = gzip.compress(page(3)[:40]) + gzip.compress(page(3)[40:])
+ZSTD = zstandard.ZstdCompressor().compress(page(3))
+CODED = {
+    "several gzip members": sent(HALVES, b"Content-Encoding: gzip\r\n"),
+    "zstd": sent(ZSTD, b"Content-Encoding: zstd\r\n"),
+    "two codings, the last one outside": sent(gzip.compress(ZSTD), b"Content-Encoding: zstd, gzip\r\n"),
+    "gzip by the transfer": sent(chunked(gzip.compress(page(3))), b"Transfer-Encoding: gzip, chunked\r\n"),
+    "zstd that was undone": sent(page(3), b"Content-Encoding: zstd\r\n"),
+    "brotli that was undone": sent(page(3), b"Content-Encoding: br\r\n"),
+    "no coding": sent(page(3), b"Content-Encoding: identity, utf-8, none\r\n"),
+}
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_codings_one_over_the_other_are_undone(tmp_path: Path, name: str) -> None:
+    assert pages(read(write(tmp_path, ".warc", CODED[name]))) == [("u", page(3))]
+
+
+@pytest.mark.parametrize(
+    ("body", "coding"),
+    [
+        (b"\x0b\x02\x80" + b"\xe9" * 90, b"br"),
+        (b"\x1f\x9d\x90", b"compress"),
+        (ZSTD[:-9], b"zstd"),
+        (b"\x78\x9c" + b"\xff" * 90, b"deflate"),
+    ],
+)
+def test_a_coding_that_cannot_be_undone_is_no_text(tmp_path: Path, body: bytes, coding: bytes) -> None:
+    found = read(write(tmp_path, ".warc", sent(body, b"Content-Encoding: " + coding + b"\r\n")))
+    assert (pages(found), reasons(found)) == ([], {"broken_http": 1})
+
+
+@pytest.mark.parametrize(
+    "noise", [b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 9, bytes(5000), b"%PDF-1.7\n" + bytes(range(256)) * 9]
+)
+def test_an_image_that_is_called_a_page_is_no_text(tmp_path: Path, noise: bytes) -> None:
+    found = read(write(tmp_path, ".warc", response("u", noise) + RECORDS[2]))
+    assert (pages(found), reasons(found)) == (EXPECTED[:1], {"binary": 1})
+
+
+def test_a_page_that_zstd_inflates_without_end_is_too_large(tmp_path: Path) -> None:
+    body = zstandard.ZstdCompressor().compress(b"<p>" + b"a" * 80_000_000)
+    found = read(write(tmp_path, ".warc", sent(body, b"Content-Encoding: zstd\r\n")))
+    assert reasons(found) == {"too_large": 1}
+
+
 META = '<meta charset="shift_jis">日本語の文章です'
 TEXT = "Größe, naïve café; 价格是一百元，质量很好。Привет, мир!"
 
