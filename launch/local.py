@@ -16,7 +16,7 @@ from typing import IO
 
 from launch.policy import EXIT_HOPELESS
 from launch.reasons import FOLDER_VARIABLE, VARIABLE, Reason, Reasons
-from launch.stacks import collect, keep
+from launch.stacks import collect, keep, speak_for
 from launch.watch import Limits, Watch, seconds_between_looks
 from megatron_joy.data.caps import check_epochs
 from megatron_joy.data.manifest import load_manifest
@@ -280,5 +280,7 @@ def run_local(recipe: Recipe, recipe_name: str, overrides: Sequence[str]) -> int
     world.keep_output()
     log = world.logs / f"rank_{world.failure.rank}.log"
     said = world.failure.message
+    if (world.exit_codes()[world.failure.rank] or 0) < 0:
+        speak_for(world.failure.rank, log, said)
     kind = HopelessError if world.failure.exit_code == EXIT_HOPELESS else WorkError
     raise kind(said if str(log) in said or not log.exists() else f"{said}; its log is {log}")

@@ -117,7 +117,17 @@ def keep(run: Path, fence: int, hang: str, stacks: Sequence[Stack]) -> str:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"{hang}\n\n" + "\n".join(lines), encoding="utf-8")
     worst = sorted(stacks, key=lambda stack: (not stack.stopped, stack.done, stack.rank))[:1]
-    return f"{hang}; {'; '.join(map(str, worst)) or 'no rank gives its stack'}; all stacks are in {file}"
+    line = f"{hang}; {'; '.join(map(str, worst)) or 'no rank gives its stack'}; all stacks are in {file}"
+    for stack in worst:
+        speak_for(stack.rank, Path(stack.log), line)
+    return line
+
+
+def speak_for(rank: int, log: Path, why: str) -> None:
+    """Puts why a rank ended into its log as the rank would have, for `joy status` to find; not where it has none."""
+    with suppress(OSError), open(log, "r+", encoding="utf-8") as stream:
+        stream.seek(0, os.SEEK_END)
+        stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank} failed\n{why}\n")
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_joy.errors import UserError
+from megatron_joy.report import text
 from megatron_joy.report.metrics import Metrics, read_metrics
 from megatron_joy.report.runlog import require_run
 from megatron_joy.report.summary import last_value
@@ -132,9 +133,9 @@ def fit_law(points: Sequence[Point], kind: str, seed: int = 0, samples: int = SA
     """
     compute = np.array([point.compute for point in points])
     losses = np.array([point.loss for point in points])
-    if len(set(compute.tolist())) < FEWEST:
+    if (different := len(set(compute.tolist()))) < FEWEST:
         raise UserError(
-            f"--fit: {len(set(compute.tolist()))} runs of different compute; the law has three constants and needs at "
+            f"--fit: {text.plural(different, 'run')} of different compute; the law has three constants and needs at "
             f"least {FEWEST} (joy recipe sweep writes a ladder of them)"
         )
     (rough,) = _laws(compute, losses[None], ALPHAS)

@@ -146,6 +146,8 @@ def test_a_rank_that_stops_is_named_with_its_stack_without_a_supervisor_too(
     stacks = (run / "launch" / "hang_000000.txt").read_text()
     assert re.search(r"^rank 0 on \S+ is running after step 8 at supervised_rank.py:\d+ hang$", stacks, re.MULTILINE)
     assert "rank 7" not in stacks
+    log = (run / "logs" / "rank_1.log").read_text()  # where `joy status` looks for reasons
+    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d rank 1 failed\nhangs in step 9: ", log, re.MULTILINE)
     assert stranger.poll() is None  # nobody signalled it
     stranger.kill()
 

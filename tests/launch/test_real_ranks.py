@@ -167,6 +167,9 @@ def test_a_killed_rank_is_one_line_and_the_same_command_goes_on(home: Path, tmp_
     ]
     assert said[-1] == errors[0]
     assert "Traceback" not in "".join(said)
+    first = read_status(run, now=time.time()).errors[0]
+    assert (first.rank, first.consequence) == (1, False)
+    assert first.reason == "rank 1 was killed by SIGKILL (by the kernel, if memory ran out)"
 
 
 def child_of(pid: int, rank: str) -> int:
