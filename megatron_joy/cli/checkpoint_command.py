@@ -16,6 +16,7 @@ from megatron_joy.checkpoint.marker import MARKER, RECIPE, Marker, step_of, unfi
 from megatron_joy.checkpoint.retention import Policy
 from megatron_joy.checkpoint.retention import prune as prune_folder
 from megatron_joy.checkpoint.verify import Verdict, bytes_to_read, verdicts
+from megatron_joy.cli.tables import console as wide_console
 from megatron_joy.errors import UserError, WorkError
 from megatron_joy.recipe import load_recipe
 from megatron_joy.recipe.schema import CheckpointSection
@@ -54,7 +55,7 @@ def list_command(run: RunOrCheckpoint, json_output: Json = False) -> None:
     if json_output:
         print(json.dumps([as_json(verdict) for verdict in found], indent=2))
         return
-    console = Console()
+    console = wide_console()
     if not found:
         console.print(f"no checkpoints in {escape(str(folder))}")
     else:

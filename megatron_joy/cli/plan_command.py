@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from launch import layouts as launch_layouts
 from launch import plan as launch_plan
 from megatron_joy.cli.plan_tables import plan_tables, run_text
+from megatron_joy.cli.tables import console as wide_console
 from megatron_joy.data.manifest import load_manifest, manifest_path
 from megatron_joy.errors import UserError
 from megatron_joy.parallel.gpus import Gpu, gpu_named
@@ -77,7 +77,7 @@ def command(
     if as_json:
         print(json.dumps(plan, indent=2, ensure_ascii=False))
         return
-    console = Console()
+    console = wide_console()
     for table in (_stage_table(plan), _source_table(plan), *plan_tables(plan)):
         console.print(table)
     console.print(run_text(plan), highlight=False)
@@ -182,7 +182,7 @@ def _stage_table(plan: dict[str, Any]) -> Table:
     table = Table(title=escape(title), box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("stage", no_wrap=True)
     for name in ("updates", "tokens", "batch", "sequence", "learning rate", "MTP", "RoPE base"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for stage in plan["stages"]:
         table.add_row(
             escape(stage["name"]),

@@ -22,7 +22,7 @@ def plan_tables(plan: dict[str, Any]) -> list[Table]:
 def _table(title: str, columns: tuple[str, ...]) -> Table:
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
-        table.add_column(name.replace("_", " "), justify="right")
+        table.add_column(name.replace("_", " "), justify="right", overflow="fold")
     return table
 
 

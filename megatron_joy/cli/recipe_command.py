@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from megatron_joy.cli.tables import console as wide_console
 from megatron_joy.data.atomic import write_atomically
 from megatron_joy.errors import UserError
 from megatron_joy.parallel import flops
@@ -127,10 +127,10 @@ def _show_ladder(made: dict[Path, Recipe], as_json: bool) -> None:
         return
     table = Table()
     for name in rows[0]:
-        table.add_column(name, justify="left" if name == "file" else "right")
+        table.add_column(name, justify="left" if name == "file" else "right", overflow="fold")
     for row in rows:
         table.add_row(*(value if isinstance(value, str) else _number(value) for value in row.values()))
-    Console().print(table)
+    wide_console().print(table)
 
 
 def _default(row: FieldRow) -> str:
@@ -177,4 +177,4 @@ def _size(recipe: Recipe, as_json: bool) -> None:
             table.add_row(name, f"{total:,}", f"{active:,}", style="bold", end_section=True)
     for name, active in counts.readings.items():
         table.add_row(f"active {name}", "", f"{active:,}")
-    Console().print(table)
+    wide_console().print(table)

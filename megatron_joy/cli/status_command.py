@@ -7,9 +7,9 @@ from typing import Annotated
 
 import orjson
 import typer
-from rich.console import Console
 from rich.live import Live
 
+from megatron_joy.cli.tables import console as wide_console
 from megatron_joy.errors import UserError
 from megatron_joy.report.status import read_status, render_errors, render_status
 
@@ -35,7 +35,7 @@ def command(
     if as_json:
         print(orjson.dumps(status.as_json(), option=orjson.OPT_INDENT_2).decode())
         return
-    console = Console()
+    console = wide_console()
     if errors:
         found = status.errors
         console.print(render_errors(found, details=True) if found else "no rank failed in the newest attempt")

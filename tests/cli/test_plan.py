@@ -29,6 +29,20 @@ def test_the_plan_of_the_48b_has_the_papers_stages(capsys: pytest.CaptureFixture
     assert "synthetic" in printed
 
 
+@pytest.mark.parametrize("columns", [None, "80"])
+def test_no_figure_is_cut_short_in_a_file_or_on_a_narrow_terminal(
+    columns: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert main(["plan", "joyai_48b_a3b"]) == 0
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    if columns is None:
+        assert "too large by" in printed
+
+
 def test_epochs_are_counted_on_the_manifests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokens = write_shard_set(tmp_path / "letters", some_texts(2, 20, seed=1, longest=60), "letters")
     table = recipe_table([{"manifest": str(tmp_path / "letters")}], 16, steps=10, global_batch_size=8)
