@@ -278,6 +278,20 @@ def as_of(recipe: Recipe, done: int) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update=model)})
 
 
+def rate_key(recipe: Recipe, stage: Stage) -> str:
+    """The key of a recipe that a stage's highest learning rate follows from, for a message."""
+    if not recipe.stages:
+        return "schedule.peak_lr"
+    rising = stage.curves[0].end > stage.curves[0].start
+    for index in range(stage.index, -1, -1):  # where the rate comes from
+        section = recipe.stages[index]
+        if section.end_lr is not None and (rising or index < stage.index):
+            return f"stages.{index}.end_lr"
+        if section.start_lr is not None:
+            return f"stages.{index}.start_lr"
+    return f"stages.{stage.index}.start_lr"
+
+
 def stage_line(stage: Stage) -> str:
     """A stage in a line, for the terminal and the run's events."""
     first, last = stage.ramp.first, stage.ramp.last

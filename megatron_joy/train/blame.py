@@ -37,11 +37,12 @@ class Culprit:
     what: str
     documents: tuple[dict[str, Any], ...]
     others: int = 0  # further ranks that saw it in the same layer
+    how: str = "first in"
 
     def __str__(self) -> str:
         also = f" and {self.others} more" if self.others else ""
         batch = ", ".join(map(str, self.micro_batches))
-        return f"first in {self.what} on rank {self.rank}{also}, micro-batch {batch}, with {listed(self.documents)}"
+        return f"{self.how} {self.what} on rank {self.rank}{also}, micro-batch {batch}, with {listed(self.documents)}"
 
     def as_extra(self) -> dict[str, Any]:
         """For an event."""
@@ -202,4 +203,4 @@ def worst_micro_batch(run: Run, computed: Computed) -> Culprit:
     mean, m = answers[rank]
     holder: list[Any] = [documents_of(run, computed.number, [m]) if run.process.info.rank == rank else None]
     dist.broadcast_object_list(holder, src=rank)
-    return Culprit(rank, (m,), f"a mean loss of {mean:.4g}", holder[0])
+    return Culprit(rank, (m,), f"a mean loss of {mean:.4g}", holder[0], how="the highest of its micro-batches:")

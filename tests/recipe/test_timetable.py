@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_joy.recipe import load_recipe
 from megatron_joy.recipe.schema import Recipe, ScheduleSection
-from megatron_joy.recipe.timetable import Ramp, Timetable, as_of, steps_for
+from megatron_joy.recipe.timetable import Ramp, Timetable, as_of, rate_key, steps_for
 
 PEAK, FINAL, WARMUP, DECAY, STEPS = 4e-3, 1e-3, 10, 20, 100
 
@@ -137,3 +137,17 @@ def test_weights_are_used_with_the_base_of_the_stage_that_trained_them_last() ->
     made = load_recipe("joyai_tiny_stages")
     assert [as_of(made, done).model.rope_theta for done in (0, 1, 36, 37, 48, 99)] == [1e4, 1e4, 1e4, 4e4, 4e4, 4e4]
     assert as_of(load_recipe("joyai_tiny"), 10) == load_recipe("joyai_tiny")
+
+
+def test_the_key_to_lower_is_where_the_stages_highest_rate_is_written() -> None:
+    plain, staged = load_recipe("joyai_tiny"), load_recipe("joyai_tiny_stages")
+    assert [rate_key(plain, stage) for stage in Timetable(plain).stages] == ["schedule.peak_lr"]
+    warmup = "stages.0.end_lr"  # the stages after it hold that rate, and come down from it
+    assert [rate_key(staged, stage) for stage in Timetable(staged).stages] == [
+        warmup,
+        warmup,
+        warmup,
+        "stages.2.end_lr",
+    ]
+    held = load_recipe("joyai_tiny_stages", ["stages.1.start_lr=2e-3"])
+    assert [rate_key(held, stage) for stage in Timetable(held).stages[1:3]] == ["stages.1.start_lr"] * 2

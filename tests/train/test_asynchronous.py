@@ -83,7 +83,7 @@ def test_a_disk_that_fills_beside_training_is_noted_and_the_last_good_state_surv
 ) -> None:
     ended = train(home, tmp_path / "run", EP2, ASYNCHRONOUS, before=_full_at, inputs=(6, "1"))
     assert ended.codes == [0, 0]
-    (note,) = ended.told("note")
+    (note,) = ended.told("alarm")
     assert f"checkpoint of step 6 was not written to {ended.run / 'checkpoints'}: rank 1: File too large" in note
     assert note.endswith("the last whole one is step_00000003; training goes on from memory")
     assert ended.checkpoints == ["step_00000003", "step_00000008"]
@@ -121,7 +121,7 @@ def test_metrics_have_room_again_as_soon_as_a_checkpoint_has_found_the_disk_full
 ) -> None:
     ended = train(home, tmp_path / "run", ONE, ASYNCHRONOUS, before=_one_full_disk, inputs=(3,))
     assert ended.codes == [0], ended.printed
-    (note,) = ended.told("note")
+    (note,) = ended.told("alarm")
     assert "checkpoint of step 3 was not written to" in note and "rank 0: No space left on device; there is" in note
     assert ended.checkpoints == ["step_00000006", "step_00000008"]
     assert numbers(ended.rows) == numbers(unbroken(ONE).rows)

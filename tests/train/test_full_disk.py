@@ -45,7 +45,7 @@ def test_a_full_disk_in_mid_run_is_noted_and_training_goes_on(
 ) -> None:
     ended = train(home, tmp_path / "run", EP2, before=_full_at, inputs=((6,), rank))
     assert ended.codes == [0, 0]
-    (note,) = ended.told("note")
+    (note,) = ended.told("alarm")
     assert f"checkpoint of step 6 was not written to {tmp_path / 'run' / 'checkpoints'}: rank {rank}: File too" in note
     assert note.endswith("the last whole one is step_00000003; training goes on from memory")
     assert note in ended.printed[0]

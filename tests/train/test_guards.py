@@ -184,6 +184,7 @@ def test_a_rollback_leaves_the_spike_s_samples_out_and_is_reproducible(home: Pat
     assert ended.codes == [0, 0]
     (event,) = events_of(ended, "rollback")
     assert (event["step"], event["back_to"], event["left_out"]) == (9, 6, [8, 9])
+    assert "; the highest of its micro-batches: a mean loss of " in event["message"]
     assert "on rank 1, micro-batch 0" in event["message"]
     first, second = ledger_of(run)
     assert (first["from_step"], first["from_sample"], first["reason"]) == (0, 0, "")

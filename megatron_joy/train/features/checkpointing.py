@@ -10,6 +10,7 @@ from megatron_joy.checkpoint.save import Save, save_checkpoint
 from megatron_joy.errors import WorkError
 from megatron_joy.recipe.ledger import as_json
 from megatron_joy.recipe.schema import CheckpointSection
+from megatron_joy.recipe.timetable import rate_key
 from megatron_joy.train.loop import Loop
 from megatron_joy.train.moments import Feature
 from megatron_joy.train.phases import CHECKPOINT
@@ -64,7 +65,7 @@ class Checkpointing(Feature):
         self._prune_and_say(loop)
 
     def after_step(self, loop: Loop, result: StepResult) -> None:
-        """Saves when due. A failure in the middle of a run is noted and the run goes on from memory; at its end, and
+        """Saves when due. A failure in the middle of a run is an alarm and the run goes on from memory; at its end, and
         before a stop, it is raised (WorkError): the work since the last whole checkpoint would be lost without a word.
         So are weights that are no numbers, which the losses of this step can't tell yet.
         """
@@ -76,7 +77,7 @@ class Checkpointing(Feature):
         if not loop.trainer.weights_are_finite():
             raise WorkError(
                 f"step {loop.run.progress.step}: the update made weights NaN or infinite; they are not saved, the same "
-                "command goes on from the last checkpoint; lower schedule.peak_lr"
+                f"command goes on from the last checkpoint; lower {rate_key(loop.run.recipe, loop.plan.stage)}"
             )
         self._settle(loop)  # one at a time
         try:
@@ -84,7 +85,7 @@ class Checkpointing(Feature):
         except WorkError as error:
             if must_succeed:
                 raise
-            loop.tell("on_note", f"{error}; training goes on from memory")
+            self._alarm(loop, str(error))
 
     def on_rollback(self, loop: Loop) -> None:
         """Finishes what is on its way: it may be what the run goes back to."""
@@ -115,12 +116,18 @@ class Checkpointing(Feature):
         loop.tell("on_checkpoint", save.step, f"{path.name} in {time.perf_counter() - started:.1f} s")
         self._prune_and_say(loop)
 
+    @staticmethod
+    def _alarm(loop: Loop, failure: str) -> None:
+        """Somebody should look: the next failure may cost all that was done since the last whole checkpoint."""
+        if loop.run.process.is_first_rank:  # once: all ranks know it
+            loop.tell("on_alarm", f"{failure}; training goes on from memory")
+
     def _told(self, loop: Loop, outcome: Outcome | None) -> None:
         """Says how a save beside training ended."""
         if outcome is None:
             return
         if outcome.failure is not None:
-            loop.tell("on_note", f"{outcome.failure}; training goes on from memory")
+            self._alarm(loop, outcome.failure)
             return
         message = f"{outcome.save.final.name} in {outcome.seconds:.1f} s beside training, which waited"
         loop.tell("on_checkpoint", outcome.save.step, f"{message} {outcome.waited:.2f} s")

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_joy.errors import HopelessError, WorkError
 from megatron_joy.recipe.ledger import is_skipped, rollbacks, skipped_updates, with_skipped
+from megatron_joy.recipe.timetable import rate_key
 from megatron_joy.train.blame import Culprit, find_culprit, worst_micro_batch
 from megatron_joy.train.features.rollback import Rollback
 from megatron_joy.train.loop import Loop
@@ -18,10 +19,14 @@ from megatron_joy.train.spikes import deviations
 from megatron_joy.train.step import Computed, StepResult
 
 Kind = Literal["nonfinite", "spike"]
-AFTERWARDS = (
-    "nothing of this step is saved, the same command goes on from the last checkpoint; if it comes again, lower "
-    "schedule.peak_lr or remove the newest checkpoint"
-)
+
+
+def afterwards(loop: Loop) -> str:
+    """What a run that stops has kept, and what to try."""
+    return (
+        "nothing of this step is saved, the same command goes on from the last checkpoint; if it comes again, lower "
+        f"{rate_key(loop.run.recipe, loop.plan.stage)} or remove the newest checkpoint"
+    )
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class Guard(Feature):
         elif self.known:
             loop.tell("on_decision", "skip", "this update is left out again: the ledger says so")
         elif not math.isfinite(validation):
-            raise WorkError(f"step {number}: the validation loss is {validation}; {AFTERWARDS}")
+            raise WorkError(f"step {number}: the validation loss is {validation}; {afterwards(loop)}")
         if result.made and not loop.went_back:
             self._remember(loop.run.progress, loop.run.recipe.guards.spike_window)
 
@@ -119,7 +124,7 @@ class Guard(Feature):
             self._say(loop, "nonfinite", f"{finding.what}{where}", finding)
             # What came again when it was computed again comes again after a restart; a machine's fault may not.
             kind = HopelessError if finding.culprit else WorkError
-            raise kind(f"step {number}: {finding.what}; {AFTERWARDS}{where}")
+            raise kind(f"step {number}: {finding.what}; {afterwards(loop)}{where}")
         if finding.kind == "spike" and guards.spike == "warn":
             self._say(loop, "spike", f"{finding.what}{where}", finding)
             return
@@ -127,7 +132,7 @@ class Guard(Feature):
             if rollbacks(loop.run.ledger) >= guards.max_rollbacks:
                 raise HopelessError(
                     f"step {number}: {finding.what}, and the run has gone back {guards.max_rollbacks} times already "
-                    f"(guards.max_rollbacks); {AFTERWARDS}{where}"
+                    f"(guards.max_rollbacks); {afterwards(loop)}{where}"
                 )
             if self.rollback.go_back(loop, number, f"{finding.what}{where}"):
                 return
@@ -152,11 +157,12 @@ class Guard(Feature):
     @staticmethod
     def _count(loop: Loop, number: int, what: str) -> None:
         """Stops a run that leaves out too much."""
+        rate = rate_key(loop.run.recipe, loop.plan.stage)
         guards, skipped = loop.run.recipe.guards, set(skipped_updates(loop.run.ledger))
         in_a_row = next(n for n in range(number + 1) if number - n not in skipped)
         for count, key in ((in_a_row, "max_skipped_in_a_row"), (len(skipped), "max_skipped")):
             if count >= getattr(guards, key):
                 raise HopelessError(
                     f"step {number}: {what}; {count} updates are left out now (guards.{key}); the same command goes on "
-                    "from the last checkpoint; lower schedule.peak_lr or look at the data named here"
+                    f"from the last checkpoint; lower {rate} or look at the data named here"
                 )

@@ -64,7 +64,8 @@ class WeightsAndBiases(Feature):
             logger.exception("Weights & Biases failed")
             self.sink = None
             if loop is not None:
-                loop.tell("on_note", f"Weights & Biases failed ({type(error).__name__}): the run goes on without it")
+                what = f"Weights & Biases failed ({type(error).__name__})"
+                loop.tell("on_note", f"{what}: the run goes on without it, logs/rank_0.log has more")
 
     def on_start(self, loop: Loop) -> None:
         """Opens the run there."""
