@@ -48,7 +48,7 @@ def write_documents(folder: Path, count: int) -> int:
         with open(folder / f"{start:010d}.jsonl", "wb") as stream:
             text = ""
             for number in range(start, min(count, start + 100_000)):
-                if number % 3 == 2:
+                if (number - start) % 3 == 2:
                     text, planted = f"{text} copy{number}", planted + 1
                 else:
                     text = " ".join(f"w{word}" for word in chance.integers(0, VOCABULARY, WORDS).tolist())

@@ -33,8 +33,7 @@ class Settings:
 
 def _band_rows(store: Store, bands: int, band: int) -> Iterator[Rows]:
     """(band key, number) of all documents that have words."""
-    for number, offset in enumerate(store.offsets[:-1].tolist()):
-        part = store.part(number)
+    for part, offset in zip(store.parts(), store.offsets.tolist(), strict=False):
         for start in range(0, part.documents, READ_ROWS):
             rows = np.arange(start, min(start + READ_ROWS, part.documents))
             rows = rows[part.set_sizes(rows) > 0]

@@ -127,8 +127,8 @@ def open_part(folder: Path, method: MinHash) -> Part:
 class Store:
     """Several parts as one: documents are numbered over all of them in their order.
 
-    A part is opened when it is asked for, and at most `OPEN_PARTS` are open at a time: a process may map so many files
-    only, and a corpus may have more.
+    `part` opens a part when it is asked for and keeps at most `OPEN_PARTS` open: a process may map so many files only,
+    and a corpus may have more. `parts` opens one after another and keeps none.
     """
 
     def __init__(self, folders: Sequence[Path], method: MinHash, earlier: int, offsets: Numbers | None = None) -> None:
@@ -138,12 +138,16 @@ class Store:
         earlier: how many of them, the first ones, are of earlier runs: their documents exist and are never dropped.
         offsets: what `offsets` of a store of the same parts was; None: every part is opened once to know.
         """
+        self._folders, self._method = folders, method
         self.part = lru_cache(OPEN_PARTS)(lambda number: open_part(folders[number], method))
-        self._permutations = method.permutations
-        counts = (self.part(number).documents for number in range(len(folders)))
+        counts = (part.documents for part in self.parts()) if offsets is None else ()
         # Number of each part's first document, and of all documents at the end [parts + 1].
         self.offsets = np.cumsum([0, *counts]).astype(np.int64) if offsets is None else offsets
         self.existing = int(self.offsets[earlier])  # documents with a smaller number exist
+
+    def parts(self) -> Iterator[Part]:
+        """All parts in their order; what of one was read is let go with it."""
+        return (open_part(folder, self._method) for folder in self._folders)
 
     def _by_owner(self, numbers: Numbers) -> Iterator[tuple[npt.NDArray[np.bool_], Part, Numbers]]:
         """(which of these documents, their part, their rows in it)."""
@@ -154,7 +158,7 @@ class Store:
 
     def signatures(self, numbers: Numbers) -> Signatures:
         """Signatures [n, permutations] of these documents."""
-        found = np.empty((len(numbers), self._permutations), dtype=np.uint32)
+        found = np.empty((len(numbers), self._method.permutations), dtype=np.uint32)
         for own, part, rows in self._by_owner(numbers):
             found[own] = part.signatures[rows]
         return found
