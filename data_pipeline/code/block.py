@@ -22,6 +22,7 @@ class CodeSection(TransformSection):
     A bound of 0 is a bound; the rules without a default act only where a value is given.
     """
 
+    version: ClassVar[int] = 2
     reasons: ClassVar[dict[str, str]] = REASONS | {"licence": "a licence that is not allowed, or none"}
     kind: Literal["code"]
     licences: list[str] = Field(

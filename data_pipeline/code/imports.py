@@ -52,10 +52,11 @@ def index(name: str, files: Mapping[str, str]) -> Repository:
     )
 
 
+DEEPEST = 64  # folders; a longer path is none of a repository, and each of its parts costs a look
 # Only at the left margin: an import in a function or under TYPE_CHECKING is usually there to avoid a cycle.
 # A list in brackets ends before another bracket opens: a file of open ones is looked at once, not once for each.
 _PYTHON_FROM = re.compile(
-    r"^from[ \t]+(\.*)([\w.]*)[ \t]+import[ \t]+(\((?:[^()#]++|#[^\n]*+)*+\)|[^\n#]+)", re.MULTILINE
+    r"^from[ \t]++(\.*+)([\w.]*+)[ \t]++import[ \t]++(\((?:[^()#]++|#[^\n]*+)*+\)|[^\n#]+)", re.MULTILINE
 )
 _COMMENT = re.compile(r"#[^\n]*")
 _PYTHON_IMPORT = re.compile(r"^import[ \t]+([^\n#;]+)", re.MULTILINE)
@@ -63,7 +64,7 @@ _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+["<]([^">\n]+)[">]', re.MULTI
 _JAVA = re.compile(r"^[ \t]*import[ \t]+(?:static[ \t]+)?([\w.]+)", re.MULTILINE)
 _SCRIPT = re.compile(r"""(?:\bfrom|\bimport|\brequire\s*\(|\bimport\s*\()\s*["'](\.{1,2}/[^"'\n]+)["']""")
 _GO = re.compile(r'^[ \t]*(?:import[ \t]+)?(?:[\w.]+[ \t]+)?"([\w./\-]+)"[ \t]*$', re.MULTILINE)
-_RUST_MOD = re.compile(r"^[ \t]*(?:pub(?:\([^)]*\))?[ \t]+)?mod[ \t]+(\w+)[ \t]*;", re.MULTILINE)
+_RUST_MOD = re.compile(r"^[ \t]*(?:pub(?:\([^)\n]*\))?[ \t]+)?mod[ \t]+(\w+)[ \t]*;", re.MULTILINE)
 _RUST_USE = re.compile(r"\buse[ \t]+(crate|super|self)((?:::\w+)+)")
 
 
@@ -141,7 +142,7 @@ def _script(path: str, text: str, repository: Repository) -> Iterator[str | None
 def _go(path: str, text: str, repository: Repository) -> Iterator[str | None]:
     """A Go import names a folder; every file of its package that is no test is imported."""
     for name in _GO.findall(text):
-        parts = name.split("/")
+        parts = name.split("/")[-DEEPEST:]
         # The longest tail of the import path that is a folder here; a module's name is outside the repository.
         for first in range(len(parts)):
             folder = "/".join(parts[first:])
@@ -159,7 +160,7 @@ def _rust(path: str, text: str, repository: Repository) -> Iterator[str | None]:
     root = path.split("src/")[0] + "src" if "src/" in path else folder
     starts = {"crate": root, "self": inside, "super": posixpath.dirname(inside)}
     for start, names in _RUST_USE.findall(text):
-        parts = names.strip(":").split("::")
+        parts = names.strip(":").split("::")[:DEEPEST]
         # The longest leading part that is a file; the rest are names in it.
         for end in range(len(parts), 0, -1):
             found = _rust_file(starts[start], parts[:end], repository)

@@ -19,6 +19,7 @@ from data_pipeline.code.languages import Language, language_named
 
 BLOCK = 1 << 16  # bytes that a grammar is given at a time
 LARGEST = 1_000_000  # characters of a file that is parsed at all: parsers are not made for larger ones
+LONGEST_LINE = 20_000  # characters; parsers take the square of some lines' length, and such a line is data
 # How often a grammar may ask whether it is to go on: about every hundred steps. Of 1,651 sound and broken files none
 # needed more than 0.022 of it for a byte; made ones take minutes, and the clock would not give the same answer again.
 LEAST_ROOM, ROOM_PER_BYTE = 1000, 0.1
@@ -96,7 +97,7 @@ def _tree_sitter(text: str, language: Language) -> Parsed:
 
 def parse(text: str, language: Language | None) -> Parsed:
     """What the language's parser says of a file. Nothing of it is run."""
-    if language is None or len(text) > LARGEST:
+    if language is None or len(text) > LARGEST or max(map(len, text.splitlines()), default=0) > LONGEST_LINE:
         return UNKNOWN
     if language.name == "python":
         return _python(text, language)

@@ -7,7 +7,7 @@ import pytest
 
 from data_pipeline.code.block import CodeSection
 from data_pipeline.code.languages import is_test, language_of
-from data_pipeline.code.parse import parse
+from data_pipeline.code.parse import Parsed, parse
 from data_pipeline.code.signals import Bounds, Signals, signals_of, verdict
 from data_pipeline.transform.base import Draft
 from data_pipeline.transform.chain import Chain
@@ -89,6 +89,17 @@ def test_every_parser_tells_sound_from_broken(path: str, good: str, bad: str, fu
 
 def test_a_header_in_cpp_is_not_broken_c() -> None:
     assert parse("namespace a { template <class T> struct B { T t; }; }\n", language_of("a.h")).parses is True
+
+
+def test_a_file_that_takes_a_parser_ever_longer_is_given_up_and_the_next_one_is_parsed() -> None:
+    script = language_of("a.js")
+    assert parse("key: '" * 3000, script) == Parsed(False, None)
+    assert parse("function f() { return 0; }\n" * 2000, script) == Parsed(True, 2000)
+
+
+def test_a_line_that_no_person_wrote_is_not_parsed() -> None:
+    assert parse("x = [" + "1, " * 10_000 + "]\n", language_of("a.py")) == Parsed(None, None)
+    assert parse("x = [\n" + "1,\n" * 10_000 + "]\n", language_of("a.py")) == Parsed(True, 0)
 
 
 def test_what_no_parser_knows_is_not_known() -> None:
