@@ -23,6 +23,8 @@ LONGEST_LINE = 20_000  # characters; parsers take the square of some lines' leng
 # How often a grammar may ask whether it is to go on: about every hundred steps. Of 1,651 sound and broken files none
 # needed more than 0.022 of it for a byte; made ones take minutes, and the clock would not give the same answer again.
 LEAST_ROOM, ROOM_PER_BYTE = 1000, 0.1
+# How often it may ask for a block: a comment that never ends is read to the file's end from each of its beginnings.
+LEAST_READS, READS_PER_BLOCK = 1000, 100
 # Share of a file's bytes that a grammar may not understand: it doesn't expand macros, so sound C++ is never all clear.
 MISUNDERSTOOD = 0.05
 
@@ -73,15 +75,19 @@ def _tree_sitter(text: str, language: Language) -> Parsed:
     parser = _grammar(*language.grammar)
     if parser is None:
         return UNKNOWN
-    content, asked = text.encode(), itertools.count()
+    content, asked, reads = text.encode(), itertools.count(), itertools.count()
     room = LEAST_ROOM + ROOM_PER_BYTE * len(content)
+    most_reads = LEAST_READS + READS_PER_BLOCK * (len(content) // BLOCK)
+
+    def read(place: int, point: object) -> bytes:
+        return content[place : place + BLOCK] if next(reads) < most_reads else b""
+
     try:
-        tree = parser.parse(
-            lambda place, point: content[place : place + BLOCK],
-            progress_callback=lambda place, wrong: next(asked) > room,
-        )
+        tree = parser.parse(read, progress_callback=lambda place, wrong: next(asked) > room)
     except ValueError:  # it was told to stop
         parser.reset()
+        return Parsed(False, None)
+    if next(reads) >= most_reads:
         return Parsed(False, None)
     root = tree.root_node
     functions, wrong, waiting = 0, 0, [root]
