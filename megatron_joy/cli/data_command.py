@@ -19,6 +19,7 @@ from rich.table import Table
 
 from data_pipeline.run import EXECUTORS, Outcome, available_cpus, run_pipeline, serve_as_rank
 from data_pipeline.slurm import Scripts, plain_script
+from megatron_joy.cli.tables import console as wide_console
 from megatron_joy.data.inspect import SetReport, document_report, report_set
 from megatron_joy.data.ledger import LEDGER_NAME, Step, load_ledger
 from megatron_joy.data.manifest import load_manifest
@@ -155,7 +156,7 @@ def stats_command(
         _print_json([asdict(report) for report in reports])
         return
     if (folder / LEDGER_NAME).is_file():
-        Console().print(_steps(load_ledger(folder).steps))
+        wide_console().print(_steps(load_ledger(folder).steps))
     _print_reports(reports)
 
 
@@ -175,7 +176,7 @@ def _steps(steps: list[Step]) -> Table:
 
 
 def _print_reports(reports: list[SetReport]) -> None:
-    console = Console()
+    console = wide_console()
     accounts = Table(title="what became of every record", title_justify="left", box=SIMPLE_HEAD)
     accounts.add_column("")
     for report in reports:
@@ -265,4 +266,4 @@ def trace_command(
     if as_json:
         _print_json(rows)
     else:
-        Console().print(render_trace(rows))
+        wide_console().print(render_trace(rows))

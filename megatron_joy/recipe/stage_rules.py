@@ -135,14 +135,15 @@ def _unused_keys(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def sum_problem(recipe: Recipe) -> list[str]:
-    """What is wrong with the sum of stages that are sound by themselves."""
+def sum_problem(recipe: Recipe, known: bool = True) -> list[str]:
+    """What is wrong with the sum of stages that are sound by themselves; known: whether train.steps has a value."""
     timetable = Timetable(recipe)
-    if timetable.steps == recipe.train.steps:
+    if known and timetable.steps == recipe.train.steps:
         return []
     parts = " + ".join(str(stage.steps) for stage in timetable.stages)
+    found = f"train.steps = {recipe.train.steps}" if known else "train.steps"
     return [
-        f"train.steps = {recipe.train.steps}: the stages have {parts} = {timetable.steps} updates "
+        f"{found}: the stages have {parts} = {timetable.steps} updates "
         f"({timetable.tokens:,} tokens); set train.steps = {timetable.steps}"
     ]
 

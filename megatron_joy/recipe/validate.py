@@ -440,6 +440,8 @@ def validate(recipe: Recipe, given: Mapping[str, int], broken: frozenset[str] = 
     if not any(touches(key, broken) for key in OF_STAGES):
         problems += stage_problems(recipe)
         problems += sum_problem(recipe) if recipe.stages and not problems else []
+    elif broken == {"train.steps"} and recipe.stages and not problems and not stage_problems(recipe):
+        problems += sum_problem(recipe, known=False)  # the number that is missing, or none, can be told
     return problems + _moot_problems(recipe, given, broken)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_joy.errors import UserError
-from megatron_joy.recipe import load_recipe
+from megatron_joy.recipe import dump_recipe, load_recipe
 
 BASE = "joyai_tiny_stages"
 
@@ -102,3 +102,18 @@ def test_without_an_mtp_layer_inherited_stages_say_nothing_of_it() -> None:
     assert {stage.mtp_loss_factor for stage in recipe.stages} == {None}
     with pytest.raises(UserError, match=r"stages\.1\.mtp_loss_factor = 0\.2: has no effect"):
         load_recipe(BASE, ["model.num_nextn_predict_layers=0", "stages.1.mtp_loss_factor=0.2"])
+
+
+def test_the_number_of_steps_is_told_where_it_is_missing_or_none(tmp_path: Path) -> None:
+    said = "train.steps: the stages have 12 + 12 + 12 + 12 = 48 updates (116,736 tokens); set train.steps = 48"
+    with pytest.raises(UserError) as none:
+        load_recipe(BASE, ["train.steps=all"])
+    assert str(none.value).splitlines()[1:] == [f"recipe {BASE}: {said}"]
+    path = tmp_path / "mine.toml"
+    text = dump_recipe(load_recipe(BASE))
+    path.write_text(text.replace("[train]\nsteps = 48\n", "[train]\n"))
+    with pytest.raises(UserError) as missing:
+        load_recipe(str(path))
+    first, second = str(missing.value).splitlines()
+    assert first.startswith(f"recipe {path}: train.steps: missing")
+    assert second == f"recipe {path}: {said}"
