@@ -11,6 +11,8 @@ from .schema import Recipe
 
 RECIPE_FILE = "recipe.toml"  # in a run's folder: the resolved recipe it was started with last
 
+LONGEST_CHANGE = 80  # characters
+
 # Key or section -> may it change; the longest match decides. A test asks that every key of the schema is covered.
 MAY_CHANGE: dict[str, bool] = {
     "name": True,
@@ -76,14 +78,31 @@ def may_change(key: str) -> bool:
     return MAY_CHANGE[key]
 
 
-def _flat(recipe: Recipe) -> dict[str, Any]:
+def _flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for name, value in recipe.model_dump().items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{key}": item for key, item in value.items()}
-        else:
-            flat[name] = value
+    for name, value in tables.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
+
+
+def _differing(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Each key with another value, lists as a whole, with both."""
+    before, after = _flat(old.model_dump()), _flat(new.model_dump())
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+
+def changes(old: Recipe, new: Recipe) -> str:
+    """What a run goes on with that its checkpoint was not written under, for its record; empty where nothing is.
+
+    The layout and the folder are told elsewhere; of long values only the key.
+    """
+    told = []
+    for key, values in _differing(old, new).items():
+        if key.startswith("layout.") or key == "run.folder":
+            continue
+        text = " -> ".join(map(format_value, values))
+        told.append(f"{key} ({text})" if len(text) <= LONGEST_CHANGE else key)
+    return ", ".join(told)
 
 
 def check_resume(old: Recipe, new: Recipe) -> None:
@@ -91,10 +110,9 @@ def check_resume(old: Recipe, new: Recipe) -> None:
 
     Both are resolved recipes. Raises UserError with one line that names every such key with both values.
     """
-    before, after = _flat(old), _flat(new)
-    changed = [key for key in before if before[key] != after[key] and not may_change(key)]
+    changed = {key: values for key, values in _differing(old, new).items() if not may_change(key)}
     if changed:
-        listed = ", ".join(f"{key} ({format_value(before[key])} -> {format_value(after[key])})" for key in changed)
+        listed = ", ".join(f"{key} ({' -> '.join(map(format_value, values))})" for key, values in changed.items())
         raise UserError(
             f"cannot resume {new.run.folder}: the recipe changes {listed}, which a run must keep; "
             "put the old values back or set run.folder to start a new run"

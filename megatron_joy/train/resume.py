@@ -17,6 +17,7 @@ from megatron_joy.recipe.ledger import (
     go_on,
     outdated,
 )
+from megatron_joy.recipe.resume import changes
 from megatron_joy.recipe.schema import Recipe
 from megatron_joy.train.run import Progress, Run, ledgers_on_disk
 from megatron_joy.train.step import Trainer
@@ -111,6 +112,8 @@ def look_back(run: Run) -> Past:
     run.ledger = _with_decisions(before, saved, run.recipe, done)
     run.progress.step = done
     notes = list(choice.notes)
+    if changed := changes(old, run.recipe):
+        notes.append(f"since {checkpoint.path.name} the recipe was changed: {changed}")
     if run.ledger[-1] != before[-1] and not run.ledger[-1].reason and run.ledger[-1].from_step == done:
         notes.append(f"the recipe's blend was changed: the new one holds from update {done + 1} on")
     if run.recipe.precision.fp8.recipe == "delayed" and run.recipe.precision.fp8 != old.precision.fp8:

@@ -5,7 +5,7 @@ import pytest
 from megatron_joy.errors import UserError
 from megatron_joy.recipe import check_resume, load_recipe
 from megatron_joy.recipe.fields import schema_rows
-from megatron_joy.recipe.resume import MAY_CHANGE, may_change
+from megatron_joy.recipe.resume import MAY_CHANGE, changes, may_change
 
 BASE = "joyai_tiny"
 
@@ -55,3 +55,15 @@ def test_the_table_covers_every_key_and_has_no_stale_row() -> None:
         may_change(key)
     stale = [row for row in MAY_CHANGE if not any(key == row or key.startswith(f"{row}.") for key in keys)]
     assert stale == []
+
+
+def test_what_a_run_goes_on_with_is_told_by_key_with_both_values() -> None:
+    old, fp8 = load_recipe(BASE), ["precision.fp8.recipe=tensorwise", "precision.fp8.emulate=true"]
+    layout = ["layout.data_parallel_size=1", "layout.expert_model_parallel_size=1", "run.folder=elsewhere"]
+    assert changes(old, load_recipe(BASE, layout)) == ""
+    assert changes(old, load_recipe(BASE, ["optimizer.weight_decay=0.0", *layout, *fp8])) == (
+        'precision.fp8.recipe ("off" -> "tensorwise"), precision.fp8.format (<none> -> "hybrid"), '
+        "precision.fp8.emulate (false -> true), optimizer.weight_decay (0.1 -> 0.0)"
+    )
+    staged = load_recipe("joyai_tiny_stages", ["stages.1.mtp_loss_factor=0.1"])
+    assert changes(load_recipe("joyai_tiny_stages"), staged) == "stages"
