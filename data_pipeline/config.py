@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from data_pipeline.dedup.minhash import PERMUTATIONS
 from data_pipeline.score.scorers import section_columns
 from data_pipeline.transform.base import TransformSection
 from data_pipeline.transform.registry import KINDS, AnyTransform
+from megatron_joy.data.manifest import TOKENIZER_FOLDER
 from megatron_joy.errors import UserError
 from megatron_joy.recipe.dump import format_value
 from megatron_joy.recipe.fields import section_of, type_text
@@ -199,7 +201,7 @@ def _read(name_or_path: str) -> tuple[str, dict[str, Any]]:
     shipped = SHIPPED / f"{name_or_path}.toml"
     path = shipped if name_or_path.isidentifier() and shipped.is_file() else Path(name_or_path)
     try:
-        return str(name_or_path), tomllib.loads(path.read_bytes().decode("utf-8"))
+        return str(name_or_path), tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         names = ", ".join(sorted(known.stem for known in SHIPPED.glob("*.toml")))
         raise UserError(
@@ -365,6 +367,16 @@ def _score_problems(sections: Sequence[ScoreSection]) -> Iterator[str]:
             yield f"{key}.only_kept: has no effect without a `keep` in a section before it; remove it"
 
 
+def _folder_problems(pipeline: Pipeline) -> Iterator[str]:
+    """An output folder that is none, and a tokenizer that the run would write over."""
+    if not pipeline.output.folder.strip():
+        yield 'output.folder = "": empty; name a folder, "." for this one'
+        return
+    given, own = pipeline.tokenizer.folder, pipeline.folder / TOKENIZER_FOLDER
+    if given is not None and os.path.realpath(given) == os.path.realpath(own):
+        yield f"tokenizer.folder = {format_value(given)}: the run writes its own tokenizer there; keep it elsewhere"
+
+
 def _unshuffled_problems(pipeline: Pipeline) -> Iterator[str]:
     """What needs documents to meet, or the random samples that a shuffle's buckets are."""
     if pipeline.output.shuffle:
@@ -400,6 +412,7 @@ def problems_between(pipeline: Pipeline) -> list[str]:
         *_decontaminate_problems(pipeline.decontaminate),
         *_score_problems(pipeline.score),
         *_unshuffled_problems(pipeline),
+        *_folder_problems(pipeline),
     ]
 
 

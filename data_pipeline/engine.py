@@ -20,7 +20,7 @@ import orjson
 
 from data_pipeline.config import Pipeline, pipeline_sha256
 from data_pipeline.cost import Stopwatch
-from data_pipeline.inventory import MEGABYTE, InputFile, Piece, take_inventory
+from data_pipeline.inventory import MEGABYTE, WRITTEN, InputFile, Piece, take_inventory
 from data_pipeline.spool import SPLITS, Buckets, divide
 from megatron_joy.data.atomic import PARTIAL_MARK, write_atomically
 from megatron_joy.data.checksum import file_blake3
@@ -29,6 +29,7 @@ from megatron_joy.errors import UserError, WorkError
 
 WORK = "work"
 PLAN = "plan.json"
+LOCK = "lock"
 SHARD_FILE = re.compile(r"shard_\d{5,}\.(bin|idx|documents\.jsonl\.zst|scores\.npy)")
 PIPELINE = "pipeline.json"  # resolved, for whoever asks later what a document went through
 
@@ -132,6 +133,13 @@ def _holds_shards(folder: Path) -> bool:
     return (folder / MANIFEST_NAME).exists() or any(SHARD_FILE.fullmatch(path.name) for path in folder.glob("shard_*"))
 
 
+def _is_foreign(path: Path) -> bool:
+    """Whether something is there that a run without a plan cannot have left: that is its lock at most."""
+    if not path.is_dir():
+        return path.exists()
+    return any(entry.name != LOCK and PARTIAL_MARK not in entry.name for entry in path.iterdir())
+
+
 def _stored_plan(path: Path) -> dict[str, Any]:
     """A plan as it was written. Raises UserError when it is none."""
     try:
@@ -144,7 +152,16 @@ def _stored_plan(path: Path) -> dict[str, Any]:
 
 
 def check_owner(pipeline: Pipeline) -> None:
-    """Raises UserError when the output folder belongs to something else."""
+    """Raises UserError when the output folder belongs to something else, or may not be looked into."""
+    try:
+        _check_owner(pipeline)
+    except OSError as error:
+        raise UserError(
+            f"output.folder = {pipeline.output.folder}: cannot be read ({error.strerror}); give another folder"
+        ) from None
+
+
+def _check_owner(pipeline: Pipeline) -> None:
     path = plan_path(pipeline)
     if path.is_file():
         owner = _stored_plan(path).get("pipeline")
@@ -156,6 +173,11 @@ def check_owner(pipeline: Pipeline) -> None:
     elif any(_holds_shards(pipeline.folder / split) for split in SPLITS):
         raise UserError(
             f"output.folder = {pipeline.output.folder}: holds shards of unknown origin; give another folder"
+        )
+    elif foreign := [name for name in WRITTEN if _is_foreign(pipeline.folder / name)]:
+        raise UserError(
+            f"output.folder = {pipeline.output.folder}: holds {', '.join(foreign)}, which no run of ours has left and "
+            "this one would write over; give another folder"
         )
 
 

@@ -187,14 +187,22 @@ def _gather_samples(job: Job, writes: list[dict[str, Any]]) -> Path:
     return path
 
 
-def _shard_files(task: dict[str, Any]) -> list[OutputFile]:
+def _shard_files(job: Job, task: dict[str, Any]) -> list[OutputFile]:
     """The published files of a shard: a run is only whole while they are there."""
     entry = ShardEntry(**task["shard"])
     prefix = f"{task['split']}/{entry.name}"
+    beside = ((entry.provenance, entry.provenance_blake3), (entry.scores, entry.scores_blake3))
     return [
         OutputFile(f"{prefix}.bin", entry.bin_bytes, entry.bin_blake3),
         OutputFile(f"{prefix}.idx", entry.idx_bytes, entry.idx_blake3),
+        *(job.describe(job.folder / task["split"] / name, digest) for name, digest in beside if name is not None),
     ]
+
+
+def _tokenizer_files(job: Job) -> list[Path]:
+    """The files of the tokenizer of all sets, which is published too."""
+    paths = (job.folder / TOKENIZER_FOLDER / name for name in COPIED_FILES)
+    return [path for path in paths if path.is_file()]
 
 
 def _reading(job: Job) -> str:
@@ -220,12 +228,12 @@ def finish_task(job: Job, shard: int) -> TaskResult:
     """Close the accounts and publish one shard set for each split that has documents."""
     reads, writes = _counted(job)
     records, dropped = close_accounts(reads, writes)
-    files = [_gather_quarantine(job), _gather_samples(job, writes)]
+    files = [*_tokenizer_files(job), _gather_quarantine(job), _gather_samples(job, writes)]
     files.append(write_ledger(job.folder, make_ledger(job, reads, writes)))
     for split in SPLITS:
         if any(task["split"] == split for task in writes):
             files += _publish(job, _manifest(job, split, writes, records, dropped))
-    shards = [file for task in writes if task["shard"] for file in _shard_files(task)]
+    shards = [file for task in writes if task["shard"] for file in _shard_files(job, task)]
     notes = sorted({task["note"] for task in writes if task.get("note")})
     checked = sum(task.get("checked", 0) for task in writes)
     return TaskResult([*map(job.describe, files), *shards], {"notes": notes, "checked": checked})

@@ -10,6 +10,7 @@ from typing import Any
 
 from data_pipeline.config import Pipeline, load_pipeline
 from data_pipeline.engine import (
+    LOCK,
     WORK,
     Engine,
     Job,
@@ -55,7 +56,7 @@ def check_executor(executor: str) -> None:
 @contextmanager
 def sole_run(folder: Path) -> Iterator[None]:
     """Hold the output folder's lock; it goes with the process. Raises UserError when another run holds it."""
-    lock = folder / WORK / "lock"
+    lock = folder / WORK / LOCK
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         stream = open(lock, "w")  # noqa: SIM115 (closed by the with below)

@@ -186,7 +186,7 @@ STAGES = [
     Stage(
         "finish",
         "closing the accounts",
-        2,
+        3,
         ("read", "regroup", "cluster", "contamination", "score", "tokenizer", "write", "stream"),
         lambda job: job.plan.pipeline_sha256,
         lambda job: 1,

@@ -140,7 +140,9 @@ def dispatch(arguments: Sequence[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script; gives the exit code."""
     try:
-        return dispatch(sys.argv[1:] if arguments is None else arguments)
+        code = dispatch(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()  # a full disk behind it must be told while something can
+        return code
     except UserError as error:
         return _fail(USER_MISTAKE, str(error))
     except WorkError as error:
@@ -149,10 +151,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(USER_MISTAKE, _usage_line(error))
     except (KeyboardInterrupt, Abort):
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader (head, less) has gone; the interpreter's last flush must not complain about it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader (head, less) has gone
+        _forget_output()
         return WORK_FAILED
+    except OSError as error:  # a full disk, a folder that may not be entered: the place says more than a stack
+        _forget_output()
+        return _fail(WORK_FAILED, f"{error.filename or 'writing'}: {error.strerror or error}; mend it and run again")
+
+
+def _forget_output() -> None:
+    """What could not be written: the interpreter's last flush must not complain about it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

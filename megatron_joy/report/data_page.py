@@ -31,7 +31,9 @@ _STYLE = """
 
 
 def write_data_page(folder: Path, page: Path) -> Path:
-    """Write the page of a pipeline's output folder. Raises UserError for a folder without a ledger."""
+    """Write the page of a pipeline's output folder. Raises UserError where there is no ledger, or no place for it."""
+    if page.exists() and not page.is_file():
+        raise UserError(f"--html {page}: is there and no file, expected a page to write; name one, as report.html")
     ledger, samples = load_ledger(folder), read_samples(folder)
     try:
         write_atomically(page, render(ledger, samples).encode())

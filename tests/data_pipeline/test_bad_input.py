@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.config import SourceSection
+from data_pipeline.config import SourceSection, load_pipeline
+from data_pipeline.engine import check_owner
 from data_pipeline.finish import tidy
 from data_pipeline.inventory import Piece
 from data_pipeline.readers.lines import read_lines
@@ -23,7 +25,16 @@ from megatron_joy.data.ledger import load_ledger
 from megatron_joy.data.manifest import load_manifest
 from megatron_joy.data.verify import verify
 from megatron_joy.errors import UserError, WorkError
-from tests.data_pipeline.corpora import digests, plan_inline, run_inline, texts, write_jsonl, write_pipeline
+from megatron_joy.report.data_page import write_data_page
+from tests.data_pipeline.corpora import (
+    digests,
+    plain_user,
+    plan_inline,
+    run_inline,
+    texts,
+    write_jsonl,
+    write_pipeline,
+)
 
 SPECIAL = ["<|endoftext|>", "<|pad|>"]
 NULS = "\0" * 200_000
@@ -200,6 +211,98 @@ def test_shards_without_a_plan_are_somebody_elses(corpus: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="holds shards of unknown origin"):
         run_pipeline(str(write_pipeline(corpus, tmp_path / "out")))
     assert foreign.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("name", ["work/read/notes.txt", "tokenizer/tokenizer.json", "quarantine.jsonl"])
+def test_what_a_run_would_write_over_and_did_not_write_itself_stays(corpus: Path, tmp_path: Path, name: str) -> None:
+    own = tmp_path / "out" / name
+    own.parent.mkdir(parents=True)
+    own.write_text("precious")
+    with pytest.raises(UserError, match=f"holds {name.partition('/')[0]}, which no run of ours has left"):
+        run_pipeline(str(write_pipeline(corpus, tmp_path / "out")))
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [own]
+    assert own.read_text() == "precious"
+
+
+def test_a_run_that_died_before_its_plan_was_written_goes_on(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "work").mkdir(parents=True)
+    (tmp_path / "out" / "work" / "lock").touch()
+    (tmp_path / "out" / "work" / ".plan.json.partial-1").write_text("{")
+    tidy(run_inline(write_pipeline(corpus, tmp_path / "out")).job)
+    assert verify(tmp_path / "out" / "train").problems == []
+
+
+@pytest.mark.parametrize("content", [b"", b'{"pipeline": "tiny"}'])
+def test_a_damaged_plan_is_one_line(given: tuple[Path, Path], content: bytes) -> None:
+    pipeline, _ = given
+    out = pipeline.parents[1] / "out"
+    before = digests(out)
+    (out / "work" / "plan.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"plan\.json: damaged, no plan of a run"):
+        run_pipeline(str(pipeline))
+    assert digests(out) == before
+
+
+@pytest.mark.parametrize("stage", ["read", "tokenizer", "write", "finish"])
+def test_a_damaged_record_is_a_task_that_is_not_done(given: tuple[Path, Path], stage: str) -> None:
+    pipeline, _ = given
+    out = pipeline.parents[1] / "out"
+    before = digests(out)
+    (out / "work" / "tasks" / stage / "00000.json").write_bytes(b"[]")
+    run_inline(pipeline)
+    assert digests(out) == before
+
+
+PUBLISHED = [
+    *("tokenizer/tokenizer.json", "train/tokenizer/tokenizer.json", "train/manifest.json", "quarantine.jsonl"),
+    *("train/shard_00000.idx", "train/shard_00000.documents.jsonl.zst"),
+]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_file_that_is_gone_is_made_again(given: tuple[Path, Path], name: str) -> None:
+    pipeline, _ = given
+    out = pipeline.parents[1] / "out"
+    before = digests(out)
+    (out / name).unlink()
+    run_inline(pipeline)
+    assert digests(out) == before
+
+
+def test_an_output_folder_that_is_closed_to_us_is_one_line(corpus: Path) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "closed"
+        folder.mkdir()
+        folder.chmod(0)
+        pipeline = load_pipeline(str(write_pipeline(corpus, folder / "out")))
+        try:
+            with plain_user(), pytest.raises(UserError, match=r"out: cannot be read \(Permission denied\)"):
+                check_owner(pipeline)
+        finally:
+            folder.chmod(0o755)
+
+
+def test_a_full_disk_behind_the_output_is_told(given: tuple[Path, Path]) -> None:
+    pipeline, _ = given
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_joy.cli.main", "data", "stats", str(pipeline.parents[1] / "out")],
+            env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "error: writing: No space left on device; mend it and run again\n")
+
+
+def test_a_report_takes_no_place_but_a_files(given: tuple[Path, Path], tmp_path: Path) -> None:
+    pipeline, _ = given
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(UserError, match="is there and no file, expected a page to write"):
+            write_data_page(pipeline.parents[1] / "out", place)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_a_disk_that_takes_no_more_ends_the_run_with_one_line_that_names_the_folder(

@@ -114,3 +114,19 @@ def test_every_key_has_a_description_and_every_reader_its_keys() -> None:
         for name, info in model.model_fields.items():
             assert info.description or name in SECTIONS, name
     assert set().union(*READER_KEYS.values()) | COMMON_KEYS == set(SourceSection.model_fields)
+
+
+def test_folders_that_a_run_must_not_write_into_are_refused(tmp_path: Path) -> None:
+    text = (
+        '[[sources]]\nname = "a"\nreader = "jsonl"\npaths = ["a"]\n[tokenizer]\nfolder = "x/y/../tokenizer"\n[output]\n'
+    )
+    (empty,) = errors_of(tmp_path, f'name = "x"\n{text}folder = ""\n')
+    assert empty.endswith('output.folder = "": empty; name a folder, "." for this one')
+    (own,) = errors_of(tmp_path, f'name = "x"\n{text}folder = "x"\n')
+    assert own.endswith("the run writes its own tokenizer there; keep it elsewhere")
+
+
+def test_a_byte_order_mark_before_a_pipeline_is_passed_over(tmp_path: Path) -> None:
+    example = (SHIPPED / "demo.toml").read_bytes()
+    (tmp_path / "p.toml").write_bytes(b"\xef\xbb\xbf" + example)
+    assert load_pipeline(str(tmp_path / "p.toml")) == load_pipeline("demo")

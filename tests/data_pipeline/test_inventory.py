@@ -4,7 +4,6 @@ import gzip
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,8 @@ from data_pipeline.inventory import WRITTEN, Piece, take_inventory
 from data_pipeline.readers.base import Document, Rejected
 from data_pipeline.readers.open import read_piece
 from megatron_joy.errors import UserError, WorkError
-from tests.data_pipeline.corpora import run_inline, texts, write_jsonl, write_pipeline
+from tests.data_pipeline.corpora import plain_user, run_inline, texts, write_jsonl, write_pipeline
 from tests.data_pipeline.test_readers import pipeline, read_all
-
-NOBODY = 65534
 
 
 def text_source(*paths: Path | str, reader: str = "text") -> SourceSection:
@@ -116,19 +113,6 @@ def open_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
-
-
-@contextmanager
-def plain_user() -> Iterator[None]:
-    """As somebody to whom rights apply: the superuser may read everything."""
-    superuser = os.geteuid() == 0
-    if superuser:
-        os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        if superuser:
-            os.seteuid(0)
 
 
 def test_files_and_folders_that_are_closed_to_us_are_put_aside(open_folder: Path) -> None:
