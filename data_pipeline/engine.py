@@ -134,10 +134,10 @@ def _holds_shards(folder: Path) -> bool:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether something is there that a run without a plan cannot have left: that is its lock at most."""
+    """Whether something is there that a run killed before it had written its plan cannot have left."""
     if not path.is_dir():
         return path.exists()
-    return any(entry.name != LOCK and PARTIAL_MARK not in entry.name for entry in path.iterdir())
+    return any(entry.name not in (LOCK, PIPELINE) and PARTIAL_MARK not in entry.name for entry in path.iterdir())
 
 
 def _stored_plan(path: Path) -> dict[str, Any]:

@@ -227,6 +227,7 @@ def test_what_a_run_would_write_over_and_did_not_write_itself_stays(corpus: Path
 def test_a_run_that_died_before_its_plan_was_written_goes_on(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "work").mkdir(parents=True)
     (tmp_path / "out" / "work" / "lock").touch()
+    (tmp_path / "out" / "work" / "pipeline.json").write_text("{}")  # written just before it
     (tmp_path / "out" / "work" / ".plan.json.partial-1").write_text("{")
     tidy(run_inline(write_pipeline(corpus, tmp_path / "out")).job)
     assert verify(tmp_path / "out" / "train").problems == []
