@@ -21,8 +21,10 @@ PREFIXES = re.compile(
     r"|eyJ[A-Za-z0-9_-]{10,2000}\.eyJ[A-Za-z0-9_-]{10,4000}\.[A-Za-z0-9_-]{10,1000}"  # JSON web tokens
     r")(?![A-Za-z0-9])"
 )
+# A key ends before another begins: a text of beginnings is looked at once, not 20,000 characters from each.
 PRIVATE_KEYS = re.compile(
-    r"-----BEGIN (?P<kind>(?:[A-Z]{2,10} ){0,2}PRIVATE KEY(?: BLOCK)?)-----[\s\S]{40,20000}?-----END (?P=kind)-----"
+    r"-----BEGIN (?P<kind>(?:[A-Z]{2,10} ){0,2}PRIVATE KEY(?: BLOCK)?)-----"
+    r"(?:(?!-----BEGIN )[\s\S]){40,20000}?-----END (?P=kind)-----"
 )
 # A quoted value behind a colon or an equals sign; whether it is a secret, the name in front of it says.
 VALUES = re.compile(r"[:=>]\s{0,3}[\"'`](?P<value>[^\s\"'`]{12,200})[\"'`]")

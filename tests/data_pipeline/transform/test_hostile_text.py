@@ -12,6 +12,7 @@ from data_pipeline.code.languages import language_of
 from data_pipeline.code.parse import parse
 from data_pipeline.code.signals import signals_of
 from data_pipeline.extract.normalise import NormaliseSection
+from data_pipeline.pii.secrets import find_secrets
 from data_pipeline.transform.base import Draft
 
 LIMIT_S = 10.0  # of processor time; the quadratic forms took minutes for texts of these sizes
@@ -73,3 +74,9 @@ def test_a_text_without_sentences_is_cut_in_a_while(unit: str) -> None:
     assert isinstance(parts, list)
     assert "".join("".join(parts).split()) == "".join(text.split())
     assert max(map(len, parts)) <= 4 * 1.25 * 4096
+
+
+def test_beginnings_of_keys_without_an_end_are_looked_at_once() -> None:
+    key = "-----BEGIN PRIVATE KEY-----" + "Ab1/" * 20 + "-----END PRIVATE KEY-----"
+    text = "-----BEGIN PRIVATE KEY-----\n" * 50_000 + key
+    assert within(lambda: [text[start:end] for start, end in find_secrets(text)]) == [key]
