@@ -81,7 +81,7 @@ clean: ## Remove .venv and what tools cached (not runs/, not data/)
 
 # An environment whose interpreter no longer runs (a moved clone, a removed Python) is made anew.
 # uv installs in a fraction of pip's time; it knows nothing of pip's configuration, so where it fails, pip is asked.
-$(STAMP): setup.cfg setup.py pyproject.toml $(wildcard data_pipeline/native/*.c)
+$(STAMP): setup.cfg setup.py pyproject.toml $(wildcard data_pipeline/native/*.[ch])
 	@python=$$(tools/find_python.sh); \
 	if ! $(BIN)/python -c '' 2>/dev/null; then \
 		echo "creating $(VENV) with $$python"; \

@@ -27,8 +27,8 @@ SMALL = 20_000_000  # tokens of a sample below which the start-up of workers say
 ASSUMPTIONS = (
     "Every stage costs as much for a token as in the sample, and this machine's cores are like those of the plan.",
     "Workers keep their cores busy: core hours are seconds of CPU, and waiting for disks or networks is not planned.",
-    "The tokenizer costs what it cost here; it, cluster, contamination and finish run on one core, match on as many as "
-    "there are bands, however many there are.",
+    "The tokenizer costs what it cost here; it, cluster, contamination and finish run on one core and match on one for "
+    "each band, however many cores there are.",
     "Finding near-duplicates grows with the tokens times the logarithm of the documents.",
     "Memory of a worker: the most that a task of the sample had resident, files that it mapped and Python itself "
     "included, programs that it started left out; it stays while shards keep their size.",

@@ -189,7 +189,7 @@ def spool_paths(folder: Path) -> tuple[Path, Path]:
 
 
 def write_index(path: Path, index: npt.NDArray[np.int64]) -> None:
-    """Write a spool's index atomically."""
+    """Write an index, of a spool or another file, atomically."""
     with atomic_file(path) as stream:
         np.save(stream, index, allow_pickle=False)
 

@@ -23,7 +23,7 @@ from data_pipeline.dedup.minhash import MinHash, Numbers
 from data_pipeline.dedup.store import PART, Store, write_part
 from data_pipeline.dedup.verify import distinct_pairs, near_pairs
 from data_pipeline.engine import Job, TaskResult
-from data_pipeline.spool import HASH_BYTES, read_all
+from data_pipeline.spool import HASH_BYTES, read_all, write_index
 from megatron_joy.data.atomic import atomic_file
 from megatron_joy.errors import UserError
 
@@ -87,12 +87,6 @@ def _settings(job: Job) -> Settings:
     return Settings(section.threshold, section.bands)
 
 
-def _save(path: Path, numbers: Numbers) -> Path:
-    with atomic_file(path) as stream:
-        np.save(stream, numbers, allow_pickle=False)
-    return path
-
-
 def match_task(job: Job, band: int) -> TaskResult:
     """Pair the documents that agree in one band; notes where each of this run's parts has its pairs."""
     folder, store = job.task_folder("match", band), _store(job)
@@ -102,8 +96,10 @@ def match_task(job: Job, band: int) -> TaskResult:
         for rows in match_band(store, band, _settings(job), folder / "scratch"):
             before += np.searchsorted(rows[:, 0], first_of_parts.astype(np.uint64))
             stream.write(np.ascontiguousarray(rows).data)
-    files = [folder / PAIRS, _save(folder / PLACES, before), _save(folder / OFFSETS, store.offsets)]
-    return TaskResult([job.describe_scratch(path) for path in files], {"pairs": int(before[-1])})
+    write_index(folder / PLACES, before)
+    write_index(folder / OFFSETS, store.offsets)
+    files = [job.describe_scratch(folder / name) for name in (PAIRS, PLACES, OFFSETS)]
+    return TaskResult(files, {"pairs": int(before[-1])})
 
 
 def verify_task(job: Job, shard: int) -> TaskResult:
@@ -174,7 +170,8 @@ def _list_dropped(job: Job, store: Store, chosen: Iterable[Numbers], folder: Pat
                 counts[rows[0, 0]] = len(listed)
                 stream.write(b"".join(listed))
     scratch.unlink()
-    return [folder / DROPPED, _save(folder / PLACES, np.concatenate([[0], np.cumsum(counts)]))]
+    write_index(folder / PLACES, np.concatenate([[0], np.cumsum(counts)]))
+    return [folder / DROPPED, folder / PLACES]
 
 
 def _distinct(hashes: npt.NDArray[np.uint8], places: npt.NDArray[np.uint64]) -> set[bytes]:

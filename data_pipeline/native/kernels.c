@@ -8,12 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* One binary for all x86-64: the loader takes the widest version that the processor has. */
-#if defined(__GLIBC__) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define WIDEST __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define WIDEST
-#endif
+#include "widest.h"
 
 enum { SEPARATOR = 0, WORD = 1, ALONE = 2, IGNORED = 3, SEQUENCE = 4 };
 enum { SHINGLE_BLOCK = 1024, MAX_GRAM = 64 };

@@ -91,12 +91,6 @@ def test_a_header_in_cpp_is_not_broken_c() -> None:
     assert parse("namespace a { template <class T> struct B { T t; }; }\n", language_of("a.h")).parses is True
 
 
-def test_a_file_that_takes_a_parser_ever_longer_is_given_up_and_the_next_one_is_parsed() -> None:
-    script = language_of("a.js")
-    assert parse("key: '" * 3000, script) == Parsed(False, None)
-    assert parse("function f() { return 0; }\n" * 2000, script) == Parsed(True, 2000)
-
-
 def test_a_line_that_no_person_wrote_is_not_parsed() -> None:
     assert parse("x = [" + "1, " * 10_000 + "]\n", language_of("a.py")) == Parsed(None, None)
     assert parse("x = [\n" + "1,\n" * 10_000 + "]\n", language_of("a.py")) == Parsed(True, 0)
