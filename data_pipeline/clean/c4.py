@@ -18,6 +18,8 @@ from megatron_joy.recipe.schema import NonNegativeInt
 CITATIONS = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
 ENDS = (".", "?", "!", '"', "'")
 POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
+# What a line ends in that may end in a terminal mark once its citations are gone.
+LAST_MARKS = frozenset((*ENDS, "]"))
 LONGEST_WORD = 1000
 
 
@@ -43,38 +45,64 @@ class C4Section(TransformSection):
 
 class _C4(Block):
     def __init__(self, section: C4Section) -> None:
-        self._section = section
+        self._words, self._sentences = section.words, section.sentences
+        self._terminal, self._brackets = section.terminal, section.brackets
 
-    def _line_reason(self, line: str, words: list[str]) -> str | None:
-        """Why a line goes, None when it stays."""
-        if any(len(word) > LONGEST_WORD for word in words):
+    def _line_reason(self, raw: str, line: str) -> str | None:
+        """Why a line goes, or with one of the section's reasons the page; None when it stays. raw: with citations."""
+        if len(raw) > LONGEST_WORD and any(len(word) > LONGEST_WORD for word in raw.split()):
             return "long_word"
-        if self._section.terminal and (not line.endswith(ENDS) or line.endswith("...")):
+        if self._terminal and (not line.endswith(ENDS) or line.endswith("...")):
             return "no_end"
-        return "few_words" if len(words) < self._section.words else None
+        if len(raw.split(None, self._words - 1)) < self._words:  # nothing is split behind the last word that is wanted
+            return "few_words"
+        lower = line.lower()
+        if "lorem ipsum" in lower:
+            return "lorem_ipsum"
+        if "javascript" in lower:
+            return "javascript"
+        if self._brackets and "{" in line:
+            return "curly_bracket"
+        if ("cookie" in lower or "policy" in lower or "terms of use" in lower) and any(
+            policy in lower for policy in POLICIES
+        ):
+            return "policy"
+        return None
 
     def apply(self, draft: Draft, counts: Counter[str]) -> str | None:
-        kept, sentences = [], 0
+        kept, endless, page, terminal = [], 0, None, self._terminal
         for raw in draft.text.splitlines():
-            words = raw.split()
-            line = CITATIONS.sub("", raw.strip())
-            reason = self._line_reason(line, words)
+            line = raw.strip()
+            if terminal and line[-1:] not in LAST_MARKS and len(raw) <= LONGEST_WORD:
+                endless += 1  # most lines of a web page: they cost one look at their last character
+                continue
+            if "[" in line:
+                line = CITATIONS.sub("", line)
+            reason = self._line_reason(raw, line)
             if reason is None:
-                lower = line.lower()
-                if "lorem ipsum" in lower:
-                    return "lorem_ipsum"
-                if "javascript" in lower:
-                    reason = "javascript"
-                elif self._section.brackets and "{" in line:
-                    return "curly_bracket"
-                elif any(policy in lower for policy in POLICIES):
-                    reason = "policy"
-            if reason is None:
-                sentences += count_sentences(line)
                 kept.append(line)
+            elif reason in C4Section.reasons:
+                page = reason
+                break
             else:
                 counts[f"lines_{reason}"] += 1
-        if sentences < self._section.sentences:
-            return "few_sentences"
-        draft.text = "\n".join(kept).strip()
-        return None
+        if endless:
+            counts["lines_no_end"] += endless
+        if page is None and not have_sentences(kept, self._sentences):
+            page = "few_sentences"
+        if page is None:
+            draft.text = "\n".join(kept).strip()
+        return page
+
+
+def have_sentences(lines: list[str], wanted: int) -> bool:
+    """Whether lines have so many sentences together. One that is not blank has at least one, so that the algorithm is
+    asked only where lines are fewer than what is wanted, and not for more than is missing.
+    """
+    prose = [line for line in lines if line.strip()]
+    missing = wanted - len(prose)
+    for line in prose:
+        if missing <= 0:
+            break
+        missing -= count_sentences(line, missing + 1) - 1
+    return missing <= 0
