@@ -9,5 +9,6 @@ KERNELS = Extension(
     sorted(glob("data_pipeline/native/*.c")),
     depends=glob("data_pipeline/native/*.h"),
     extra_compile_args=["-O3", "-std=c11"],
+    libraries=["m"],
 )
 setup(ext_modules=[KERNELS])

