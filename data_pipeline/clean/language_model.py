@@ -114,7 +114,9 @@ def _vectors(file: _Reader) -> Vectors:
     length_codes = file.array(np.uint8, rows)
     file.numbers("4i")
     lengths = file.array(np.float32, CENTROIDS)[length_codes]
-    return centroids[np.arange(CODES), codes].reshape(rows, DIMENSIONS) * lengths[:, None]
+    found = centroids[np.arange(CODES), codes].reshape(rows, DIMENSIONS)
+    found *= lengths[:, None]
+    return found
 
 
 def _tree(counts: Sequence[int]) -> npt.NDArray[np.int32]:
