@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 KILOBYTE = 1024  # of /proc
+PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def _peak_bytes() -> int:
@@ -18,6 +19,11 @@ def _forget_peak() -> None:
     """Let the peak begin anew. Where the kernel forbids it, it is that of all tasks so far, which is never too low."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def resident_bytes() -> int:
+    """This process's resident memory."""
+    return PAGE * int(Path("/proc/self/statm").read_bytes().split()[1])
 
 
 class Stopwatch:

@@ -14,33 +14,56 @@ import gigatoken
 import numpy as np
 import numpy.typing as npt
 import orjson
-import psutil
 from tokenizers import Tokenizer
 
 from data_pipeline.config import EncodeSection
+from data_pipeline.cost import resident_bytes
 from data_pipeline.tokenizer import TOKENIZER_FILE, load_tokenizer
 from megatron_joy.data.checksum import file_sha256
 from megatron_joy.data.manifest import TokenizerIdentity
 from megatron_joy.errors import WorkError
 
 Ids = npt.NDArray[np.uint32]
+Text = bytes | memoryview  # UTF-8
 LARGEST_CHECK = 100_000  # bytes; the oracle needs a second per megabyte
 MEGABYTE = 1_000_000
+
+
+# What documents are joined by, as a special token with the id of the tokenizer's eod: one call for a batch of them.
+# Characters that Unicode keeps from text (section 23.7); a document with them goes to the library.
+SEPARATOR = "\U0010fffe\ufdd0"
 
 
 class OracleDifference(Exception):
     """gigatoken gave other ids than the Hugging Face library; what was encoded since the last check is in doubt."""
 
 
-def gigatoken_of(folder: Path) -> gigatoken.Tokenizer:
+def _splits_alone(content: dict[str, Any]) -> bool:
+    """Whether what stands before a document cannot change its ids: no prefix of a text, no form of the whole."""
+    step = content.get("pre_tokenizer") or {}
+    steps = step.get("pretokenizers", [step])
+    known = all(
+        one.get("type") == "Split" or (one.get("type") == "ByteLevel" and one.get("add_prefix_space") is False)
+        for one in steps
+    )
+    changes = content.get("normalizer") not in (None, {"type": "Sequence", "normalizers": []})
+    return known and not changes and (content.get("model") or {}).get("type") == "BPE"
+
+
+def gigatoken_of(folder: Path, eod_id: int) -> tuple[Any, bool]:
     """gigatoken's form of a tokenizer, special tokens left out so that their strings are ordinary text.
 
-    Raises whatever gigatoken does for a tokenizer that it does not support.
+    Also whether it takes documents joined by `SEPARATOR`, which becomes `eod_id`. Raises whatever gigatoken does for a
+    tokenizer that it does not support.
     """
     content = orjson.loads((folder / TOKENIZER_FILE).read_bytes())
     added = content.get("added_tokens") or []
+    joins = _splits_alone(content)
     content["added_tokens"] = [token for token in added if not token.get("special")]
-    return gigatoken.Tokenizer.from_json(orjson.dumps(content))
+    if joins:
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        content["added_tokens"].append({"id": eod_id, "content": SEPARATOR, "special": True, **flags})
+    return gigatoken.Tokenizer.from_json(orjson.dumps(content)).backend, joins
 
 
 _oracle: dict[str, Tokenizer] = {}  # the last one, by its file's SHA-256: loading it takes as long as encoding 50 MB
@@ -82,13 +105,12 @@ class Encoder:
         self._room = settings.memory_megabytes * MEGABYTE
         self._grown = 0
         self._until_check = 0
-        # Of the last batch. Fresh memory for each batch would cost as much as looking at its tokens twice.
-        self._tokens: Ids = np.zeros(0, dtype=np.uint32)
         self._oracle: Tokenizer | None = None
         self._fast: Any = None
+        self._joins = False
         if settings.engine != "huggingface":
             try:
-                self._fast = gigatoken_of(folder).backend
+                self._fast, self._joins = gigatoken_of(folder, self._eod)
                 self.engine = "gigatoken"
             except Exception as error:  # gigatoken names no common class for what it cannot load
                 self.note = f"gigatoken cannot load this tokenizer ({error}); the Hugging Face library is used"
@@ -100,56 +122,72 @@ class Encoder:
         self.checked = 0
         self._until_check = 0
 
-    def _reference(self, text: bytes) -> list[int]:
+    def _library(self) -> Tokenizer:
         self._oracle = self._oracle or oracle_of(self._folder)
-        return self._oracle.encode(text.decode(), add_special_tokens=False).ids
+        return self._oracle
 
-    def _compare(self, text: bytes, ids: Ids) -> None:
-        """Compare one document with the oracle when it is time, or the next one that is not too long."""
-        self._until_check -= 1
-        if not self._check_every or self._until_check > 0 or len(text) > LARGEST_CHECK:
+    def _compare(self, texts: Sequence[Text], tokens: Ids, ends: npt.NDArray[np.int64]) -> None:
+        """Compare a document with the oracle when it is time, or the next one that is not too long."""
+        if not self._check_every or self._until_check > len(texts):
+            self._until_check -= len(texts)
             return
-        self._until_check = self._check_every
-        self.checked += 1
-        if self._reference(text) != ids.tolist():
-            raise OracleDifference(f"gigatoken and the Hugging Face library differ on {text[:80]!r}")
+        for number, text in enumerate(texts):
+            self._until_check -= 1
+            if self._until_check > 0 or len(text) > LARGEST_CHECK:
+                continue
+            self._until_check = self._check_every
+            self.checked += 1
+            ids = tokens[ends[number - 1] + 1 if number else 0 : ends[number]]
+            if self._library().encode(bytes(text).decode(), add_special_tokens=False).ids != ids.tolist():
+                raise OracleDifference(f"gigatoken and the Hugging Face library differ on {bytes(text[:80])!r}")
 
     def _recycle(self, before: int) -> None:
         """Drop gigatoken's cache, which grows with novel text and has no bound of its own, once it is too large."""
-        self._grown += max(0, psutil.Process().memory_info().rss - before)
+        self._grown += max(0, resident_bytes() - before)
         if self._grown > self._room:
             self._fast = None
-            self._fast = gigatoken_of(self._folder).backend
+            self._fast, self._joins = gigatoken_of(self._folder, self._eod)
             self._grown = 0
 
-    def _encode_fast(self, texts: Sequence[bytes]) -> list[Ids]:
-        before = psutil.Process().memory_info().rss
-        encode = self._fast.encode
-        encoded = [encode(text) for text in texts]
-        for text, ids in zip(texts, encoded, strict=True):
-            self._compare(text, ids)
-        self._recycle(before)
-        return encoded
+    def _ended(self, encoded: Sequence[Ids]) -> Ids:
+        end = np.array([self._eod], dtype=np.uint32)
+        return np.concatenate([part for ids in encoded for part in (ids, end)] or [end[:0]])
 
-    def _encode_slowly(self, texts: Sequence[bytes]) -> list[Ids]:
-        self._oracle = self._oracle or oracle_of(self._folder)
-        encodings = self._oracle.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+    def _encode_fast(self, texts: Sequence[Text]) -> Ids:
+        separator, encode = SEPARATOR.encode(), self._fast.encode
+        if not self._joins:
+            return self._ended([encode(bytes(text)) for text in texts])
+        joined = separator.join([*texts, b""])
+        if joined.count(separator) == len(texts):
+            ids: Ids = encode(joined)
+            return ids
+        parts = map(bytes, texts)
+        return np.concatenate(
+            [self._encode_slowly([part]) if separator in part else encode(part + separator) for part in parts]
+        )
 
-    def encode(self, texts: Sequence[bytes]) -> tuple[Ids, npt.NDArray[np.int64]]:
+    def _encode_slowly(self, texts: Sequence[Text]) -> Ids:
+        encodings = self._library().encode_batch_fast(
+            [bytes(text).decode() for text in texts], add_special_tokens=False
+        )
+        return self._ended([np.array(encoding.ids, dtype=np.uint32) for encoding in encodings])
+
+    def encode(self, texts: Sequence[Text]) -> tuple[Ids, npt.NDArray[np.int64]]:
         """UTF-8 texts to ids [tokens] uint32, eod after each document, and lengths [documents] int64, eod included.
 
-        The tokens lie in a buffer that the next call writes into.
-
-        Raises OracleDifference when a check fails, WorkError when a text would contain the eod.
+        Raises OracleDifference when a check fails, WorkError when the library gives the eod for ordinary text.
         """
-        encoded = self._encode_fast(texts) if self._fast is not None else self._encode_slowly(texts)
-        lengths = np.fromiter((len(ids) for ids in encoded), np.int64, len(encoded)) + 1
-        total = int(lengths.sum())
-        if total > len(self._tokens):
-            self._tokens = np.empty(total + total // 4, dtype=np.uint32)
-        end = np.array([self._eod], dtype=np.uint32)
-        tokens = np.concatenate([part for ids in encoded for part in (ids, end)] or [end[:0]], out=self._tokens[:total])
-        if np.count_nonzero(tokens == np.uint32(self._eod)) != len(encoded):
+        if self._fast is None:
+            tokens = self._encode_slowly(texts)
+        else:
+            before = resident_bytes()
+            tokens = self._encode_fast(texts)
+            self._recycle(before)
+        ends = np.flatnonzero(tokens == np.uint32(self._eod))
+        if len(ends) != len(texts):
+            if self._fast is not None:  # the library shall say whether it is so
+                raise OracleDifference(f"gigatoken gives {len(ends)} ends of documents for {len(texts)}")
             raise WorkError(f"{self._folder}: the tokenizer gives its end-of-document id {self._eod} for ordinary text")
-        return tokens, lengths
+        if self._fast is not None:
+            self._compare(texts, tokens, ends)
+        return tokens, np.diff(ends, prepend=-1)

@@ -73,13 +73,14 @@ def in_bucket(job: Job, bucket: int) -> Iterator[Spooled]:
 
 def remaining(job: Job, bucket: int, losses: Losses) -> Iterator[Spooled]:
     """A bucket's documents that no earlier stage drops, in the order of the inputs; the others go into `losses`."""
-    lists = ((NEAR, near_duplicates_of(job, bucket)), (CONTAMINATED, contaminated_of(job, bucket)))
+    near, contaminated = near_duplicates_of(job, bucket), contaminated_of(job, bucket)
     for document in unique(in_bucket(job, bucket), lambda copy: losses.add(EXACT, copy)):
-        reason = next((reason for reason, hashes in lists if document.hash in hashes), None)
-        if reason is None:
-            yield document
+        if document.hash in near:
+            losses.add(NEAR, document)
+        elif document.hash in contaminated:
+            losses.add(CONTAMINATED, document)
         else:
-            losses.add(reason, document)
+            yield document
 
 
 def scores_path(job: Job, bucket: int) -> Path:

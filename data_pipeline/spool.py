@@ -107,6 +107,10 @@ class Buckets:
         """The split of a bucket and its number there."""
         return (SPLITS[0], bucket) if bucket < self.train else (SPLITS[1], bucket - self.train)
 
+    def split_of_text(self, text_hash: bytes) -> str:
+        """The split of a text by its hash."""
+        return SPLITS[int.from_bytes(text_hash[8:12], "little") < self.validation_share * SPLIT_SCALE]
+
     def bucket_of(self, text_hash: bytes) -> int:
         """The bucket of a text by its hash. Independent bits choose the split, the bucket and (later) the order."""
         place, part = struct.unpack_from("<QI", text_hash)

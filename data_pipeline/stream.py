@@ -52,7 +52,7 @@ class _Half:
         """Encode what waits."""
         if not self._waiting:
             return
-        self._shard.add([document.text for document in self._waiting])
+        self._shard.add([document.view for document in self._waiting])
         self.origins += origins_of(self._job, self._waiting)
         self._waiting, self._size = [], 0
 
@@ -67,17 +67,18 @@ class _Sink:
     def __init__(self, job: Job, number: int, encoder: Encoder, stack: ExitStack) -> None:
         self._job, self._number, self._encoder, self._stack = job, number, encoder, stack
         self._vocabulary = tokenizer_of(job).vocab_size
+        self._buckets = job.plan.buckets
         self.halves: dict[str, _Half] = {}
 
     def take(self, document: Spooled) -> None:
         """A document of either split; equal texts are always in the same one."""
-        buckets = self._job.plan.buckets
-        split, _ = buckets.split_of(buckets.bucket_of(document.hash))
-        if split not in self.halves:
+        split = self._buckets.split_of_text(document.hash)
+        half = self.halves.get(split)
+        if half is None:
             prefix = shard_prefix(self._job, split, self._number)
             shard = self._stack.enter_context(OpenShard(prefix, self._encoder, self._vocabulary))
-            self.halves[split] = _Half(self._job, shard)
-        self.halves[split].add(document)
+            half = self.halves[split] = _Half(self._job, shard)
+        half.add(document)
 
 
 def _write(job: Job, shard: int, encoder: Encoder) -> TaskResult:

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 import orjson
-import psutil
 
 from data_pipeline.config import load_pipeline
+from data_pipeline.cost import resident_bytes
 from data_pipeline.engine import Engine, Job, load_plan, make_plan, save_plan
 from data_pipeline.stages import STAGES
 from megatron_joy.errors import UserError, WorkError, exit_code
@@ -47,7 +47,7 @@ def attempt(engine: Engine, stage: str, shard: int) -> dict[str, Any]:
     except Exception as error:
         traceback.print_exc()
         answer |= {"kind": "work", "message": f"stage {stage} shard {shard}: {type(error).__name__}: {error}"}
-    answer |= {"seconds": time.monotonic() - began, "resident_bytes": psutil.Process().memory_info().rss}
+    answer |= {"seconds": time.monotonic() - began, "resident_bytes": resident_bytes()}
     return answer
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from data_pipeline.config import EncodeSection
-from data_pipeline.encode import Encoder, OracleDifference
+from data_pipeline.encode import Encoder, OracleDifference, Text
 from data_pipeline.engine import Job, TaskResult, statistics_of
 from data_pipeline.native.library import kernels
 from data_pipeline.score.base import Scores
@@ -27,7 +27,6 @@ from megatron_joy.data.provenance import SUFFIX, DocumentOrigin, write_origins
 from megatron_joy.data.shards import ShardSummary, ShardWriter, bin_path, idx_path, token_dtype
 from megatron_joy.errors import WorkError
 
-Text = bytes | memoryview  # UTF-8
 UNKNOWN = "unknown"  # language of documents that no transform identified
 BATCH_BYTES = 1_000_000  # text that is encoded and written at a time: its tokens stay in the processor's cache
 
@@ -57,7 +56,7 @@ class OpenShard:
         self._by_document = [np.zeros(0, dtype=np.int64)]
         self._checked = 0
 
-    def add(self, texts: Sequence[bytes]) -> None:
+    def add(self, texts: Sequence[Text]) -> None:
         """Encode and write texts, about `BATCH_BYTES` of them. Raises OracleDifference."""
         before = self._encoder.checked
         tokens, lengths = self._encoder.encode(texts)
@@ -79,13 +78,13 @@ class OpenShard:
         self._writer.abandon()
 
 
-def _batches(texts: Sequence[Text]) -> Iterator[list[bytes]]:
+def _batches(texts: Sequence[Text]) -> Iterator[Sequence[Text]]:
     """The texts, about `BATCH_BYTES` of them at a time."""
     first, size = 0, 0
     for number, text in enumerate(texts, 1):
         size += len(text)
         if size >= BATCH_BYTES or number == len(texts):
-            yield [bytes(text) for text in texts[first:number]]
+            yield texts[first:number]
             first, size = number, 0
 
 
@@ -134,12 +133,20 @@ def encoded_checked[Result](job: Job, name: str, write: Callable[[Encoder], Resu
 def origins_of(job: Job, documents: list[Spooled]) -> list[DocumentOrigin]:
     """Where each document is from, in their order."""
     names = [source.name for source in job.pipeline.sources]
-    found = []
-    for document in documents:
-        file = job.plan.inputs[document.input]
-        place = (names[file.source], file.path, document.offset, document.licence, document.hash.hex(), document.size)
-        found.append(DocumentOrigin(*place, document.url, document.language, document.part))
-    return found
+    files = [(names[file.source], file.path) for file in job.plan.inputs]
+    return [
+        DocumentOrigin(
+            *files[document.input],
+            document.offset,
+            document.licence,
+            document.hash.hex(),
+            len(document.view),
+            document.url,
+            document.language,
+            document.part,
+        )
+        for document in documents
+    ]
 
 
 def shard_prefix(job: Job, split: str, number: int) -> Path:

@@ -23,13 +23,13 @@ FUNCTIONS = {
     "joy_sort_rows": (None, (U64, U64, SIZE)),
     "joy_union": (None, (I64, I64, I64, SIZE)),
     "joy_flatten": (None, (I64, SIZE)),
-    "joy_pii_places": (SIZE, (TEXT, SIZE, U64)),
     "joy_count": (SIZE, (U32, SIZE, I64, SIZE)),
     "joy_capitals": (NUMBER, (TEXT, SIZE)),
     "joy_language": (
         NUMBER,
         (TEXT, SIZE, ARRAY, ARRAY, ARRAY, POINTS, POINTS, ARRAY, ARRAY, ARRAY, ARRAY, NUMBER, SCORE),
     ),
+    "joy_json_lines": (SIZE, (BYTES, SIZE, BYTES, I64, NUMBER, BYTES, I64, SIZE)),
 }
 
 

@@ -1,5 +1,7 @@
 """Encoding: gigatoken's ids are the Hugging Face library's, special tokens' names are text, differences are noticed."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from data_pipeline import encode as module
 from data_pipeline.config import EncodeSection
-from data_pipeline.encode import Encoder, OracleDifference
+from data_pipeline.encode import SEPARATOR, Encoder, OracleDifference
 from data_pipeline.tokenizer import identify, package_folder, save_tokenizer, train_tokenizer
 from megatron_joy.errors import WorkError
 from tests.data_pipeline.corpora import ODD_STRINGS, texts
@@ -34,6 +36,7 @@ def both(folder: Path) -> tuple[Encoder, Encoder]:
     identity = identify(folder)
     made = [Encoder(folder, identity, EncodeSection(engine=e, check_every=0)) for e in ("gigatoken", "huggingface")]
     assert [encoder.engine for encoder in made] == ["gigatoken", "huggingface"]
+    assert made[0]._joins
     return made[0], made[1]
 
 
@@ -76,8 +79,28 @@ def test_documents_end_with_eod_and_nothing_else_does(folder: Path, both: tuple[
         assert tokenizer.decode(tokens[start : start + length - 1].tolist(), skip_special_tokens=False) == text
 
 
+def test_documents_with_the_separator_in_them_are_the_librarys(both: tuple[Encoder, Encoder]) -> None:
+    same(both, ["before", f"a{SEPARATOR}b", SEPARATOR, "between", SEPARATOR * 2 + " c", "after", SEPARATOR[0]])
+
+
+@pytest.mark.parametrize("change", ["prefix space", "normal form"])
+def test_what_depends_on_a_texts_beginning_is_not_joined(trained: Path, tmp_path: Path, change: str) -> None:
+    shutil.copytree(trained, tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    if change == "prefix space":
+        content["pre_tokenizer"]["pretokenizers"][-1]["add_prefix_space"] = True
+    else:
+        content["normalizer"] = {"type": "NFC"}
+    path.write_text(json.dumps(content))
+    identity = identify(path.parent)
+    ours, theirs = (Encoder(path.parent, identity, EncodeSection(engine=e)) for e in ("auto", "huggingface"))
+    assert not ours._joins
+    same((ours, theirs), ["one two", "e\u0301", " three", ""])
+
+
 class Wrong:
-    """An encoder that drops the last id of documents about `topic`."""
+    """An encoder that gives a wrong first id to texts about `topic`."""
 
     def __init__(self, backend: object, topic: bytes) -> None:
         self._encode = backend.encode  # type: ignore[attr-defined]
@@ -85,7 +108,7 @@ class Wrong:
 
     def encode(self, text: bytes) -> np.ndarray:
         ids = self._encode(text)
-        return ids[:-1] if self._topic in text else ids
+        return np.concatenate([ids[:1] + 1, ids[1:]]) if self._topic in text else ids
 
 
 def test_a_difference_is_noticed_at_the_checked_documents(trained: Path) -> None:
@@ -107,7 +130,7 @@ def test_a_long_document_is_not_checked_but_the_next_one_is(trained: Path, monke
 
 
 def test_the_library_takes_over_where_gigatoken_cannot_load(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(folder: Path) -> None:
+    def refuse(folder: Path, eod_id: int) -> None:
         raise ValueError("unsupported pre-tokenizer")
 
     monkeypatch.setattr(module, "gigatoken_of", refuse)

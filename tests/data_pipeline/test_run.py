@@ -290,7 +290,7 @@ def test_a_difference_from_the_oracle_makes_the_library_encode_the_shard(
     original = write.Encoder._encode_fast
 
     def differ(self: Any, documents: Any) -> Any:
-        if any(b"Text 7:" in text for text in documents):
+        if any(b"Text 7:" in bytes(text) for text in documents):
             raise OracleDifference("gigatoken and the Hugging Face library differ on b'Text 7:'")
         return original(self, documents)
 
