@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from data_pipeline.pii import checksums
+from data_pipeline.pii.scan import Begin, Scan
 from data_pipeline.pii.secrets import find_secrets
 
 EMAIL = re.compile(
@@ -55,24 +56,22 @@ def _digits(text: str) -> str:
     return "".join(mark for mark in text if mark.isascii() and mark.isdigit())
 
 
-def find_emails(text: str) -> Iterator[Finding]:
+def find_emails(scan: Scan) -> Iterator[Finding]:
     """Addresses in ASCII, as RFC 5321 allows them without quotes."""
-    if "@" not in text:
-        return
-    for found in EMAIL.finditer(text):
+    for found in scan.matches(EMAIL, Begin.EMAIL):
         if found["local"].lower() not in NO_PERSON and ".." not in found[0]:
             yield Finding("EMAIL", *found.span(), found[0].lower())
 
 
-def find_addresses(text: str) -> Iterator[Finding]:
+def find_addresses(scan: Scan) -> Iterator[Finding]:
     """Public IP addresses; private, local and reserved ranges identify nobody, and versions are no addresses."""
-    for pattern in (IPV4, IPV6):
-        for found in pattern.finditer(text):
+    for pattern, begin in ((IPV4, Begin.IPV4), (IPV6, Begin.IPV6)):
+        for found in scan.matches(pattern, begin):
             try:
                 address = ipaddress.ip_address(found[0])
             except ValueError:
                 continue
-            before = text[max(0, found.start() - 12) : found.start()]
+            before = scan.text[max(0, found.start() - 12) : found.start()]
             if address.is_global and not VERSION.search(before):
                 yield Finding("IP", *found.span(), str(address))
 
@@ -110,31 +109,31 @@ def _parts(run: str) -> Iterator[tuple[int, int]]:
                 yield start + (run[start] == " "), cuts[number + width]
 
 
-def find_numbers(text: str) -> Iterator[Finding]:
+def find_numbers(scan: Scan) -> Iterator[Finding]:
     """Chinese, Brazilian and American ids, payment cards and telephone numbers."""
-    for found in DIGITS.finditer(text):
+    for found in scan.matches(DIGITS, Begin.NUMBER):
         taken: list[tuple[int, int]] = []
         for start, end in _parts(found[0]):
             if any(start < other_end and end > other_start for other_start, other_end in taken):
                 continue
-            before = text[max(0, found.start() + start - 24) : found.start() + start]
+            before = scan.text[max(0, found.start() + start - 24) : found.start() + start]
             kind = _number_kind(found[0][start:end], before)
             if kind is not None:
                 taken.append((start, end))
                 yield Finding(kind[0], found.start() + start, found.start() + end, kind[1])
 
 
-def find_european_ids(text: str) -> Iterator[Finding]:
+def find_european_ids(scan: Scan) -> Iterator[Finding]:
     """Italian, Spanish and French numbers with right check characters."""
-    for found in EUROPEAN.finditer(text):
+    for found in scan.matches(EUROPEAN, Begin.EUROPEAN):
         normal = re.sub(r"[ .-]", "", found[0])
         if CHECKS[str(found.lastgroup)](normal):
             yield Finding("ID", *found.span(), normal)
 
 
-def find_ibans(text: str) -> Iterator[Finding]:
+def find_ibans(scan: Scan) -> Iterator[Finding]:
     """Bank account numbers. Groups of another word may follow: the number ends where its country says."""
-    for found in IBAN.finditer(text):
+    for found in scan.matches(IBAN, Begin.IBAN):
         wanted, length = checksums.IBAN_LENGTHS.get(found[0][:2], 0), 0
         for place, mark in enumerate(found[0]):
             length += mark not in " -"
@@ -145,11 +144,11 @@ def find_ibans(text: str) -> Iterator[Finding]:
                 break
 
 
-def _secrets(text: str) -> Iterator[Finding]:
-    return (Finding("SECRET", start, end, text[start:end]) for start, end in find_secrets(text))
+def _secrets(scan: Scan) -> Iterator[Finding]:
+    return (Finding("SECRET", start, end, scan.text[start:end]) for start, end in find_secrets(scan))
 
 
-DETECTORS: dict[str, tuple[Callable[[str], Iterator[Finding]], ...]] = {
+DETECTORS: dict[str, tuple[Callable[[Scan], Iterator[Finding]], ...]] = {
     "secret": (_secrets,),
     "email": (find_emails,),
     "bank": (find_ibans,),
@@ -172,9 +171,10 @@ KIND_OF = {
 def find_all(text: str, kinds: frozenset[str]) -> list[Finding]:
     """Findings of these kinds in order; where two overlap the one of the earlier detector stays."""
     taken: list[Finding] = []
+    scan = Scan(text)
     for name, detectors in DETECTORS.items():
         if name in kinds or (name == "number" and kinds & {"phone", "id", "bank"}):
-            taken += [one for detect in detectors for one in detect(text) if KIND_OF[one.kind] in kinds]
+            taken += [one for detect in detectors for one in detect(scan) if KIND_OF[one.kind] in kinds]
     chosen: list[Finding] = []
     end = 0
     # Sorting is stable: of two that start together the earlier detector's comes first.

@@ -5,6 +5,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from data_pipeline.pii.scan import Begin, Scan
+
 # What makes scanning worth while: one of these strings is in every text with such a token.
 PREFIXES = re.compile(
     r"(?<![A-Za-z0-9_-])(?:"
@@ -48,12 +50,13 @@ def looks_random(value: str) -> bool:
     return kinds >= 2 and entropy(value) >= LEAST_ENTROPY and not PLACEHOLDERS.search(value)
 
 
-def find_secrets(text: str) -> Iterator[tuple[int, int]]:
+def find_secrets(scan: Scan) -> Iterator[tuple[int, int]]:
     """Start and end of keys and tokens."""
+    text = scan.text
     if "PRIVATE KEY" in text:
         yield from (found.span() for found in PRIVATE_KEYS.finditer(text))
-    yield from (found.span() for found in PREFIXES.finditer(text))
-    for found in VALUES.finditer(text):
+    yield from (found.span() for found in scan.matches(PREFIXES, Begin.TOKEN))
+    for found in scan.matches(VALUES, Begin.VALUE):
         named = NAMES.search(text[max(0, found.start() - LONGEST_NAME) : found.start()])
         if named and looks_random(found["value"]):
             yield found.span("value")

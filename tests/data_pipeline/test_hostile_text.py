@@ -21,6 +21,7 @@ from data_pipeline.code.parse import Parsed, parse
 from data_pipeline.code.signals import signals_of
 from data_pipeline.dedup.lines import SpanSettings, span_rows
 from data_pipeline.extract.normalise import NormaliseSection
+from data_pipeline.pii.scan import Scan
 from data_pipeline.pii.secrets import find_secrets
 from data_pipeline.readers.files import without_front_matter
 from data_pipeline.score.heuristic import HeuristicScorer
@@ -240,4 +241,4 @@ def test_a_text_without_sentences_is_cut_in_a_while(unit: str) -> None:
 def test_beginnings_of_keys_without_an_end_are_looked_at_once() -> None:
     key = "-----BEGIN PRIVATE KEY-----" + "Ab1/" * 20 + "-----END PRIVATE KEY-----"
     text = "-----BEGIN PRIVATE KEY-----\n" * 50_000 + key
-    assert within(lambda: [text[start:end] for start, end in find_secrets(text)]) == [key]
+    assert within(lambda: [text[start:end] for start, end in find_secrets(Scan(text))]) == [key]
