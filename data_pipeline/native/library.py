@@ -29,6 +29,7 @@ FUNCTIONS = {
         NUMBER,
         (TEXT, SIZE, ARRAY, ARRAY, ARRAY, POINTS, POINTS, ARRAY, ARRAY, ARRAY, ARRAY, NUMBER, SCORE),
     ),
+    "joy_pii_places": (SIZE, (TEXT, SIZE, U64)),
     "joy_json_lines": (SIZE, (BYTES, SIZE, BYTES, I64, NUMBER, BYTES, I64, SIZE)),
 }
 
