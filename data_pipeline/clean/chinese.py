@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from data_pipeline.clean.words import HAN, Grams, duplicate_share
+from data_pipeline.clean.repeats import Grams
+from data_pipeline.clean.words import HAN, duplicate_share
 from data_pipeline.transform.base import Block, Draft, TransformSection
 from megatron_joy.recipe.schema import NonNegativeFloat, NonNegativeInt
 
@@ -67,5 +68,5 @@ class _Chinese(Block):
         lines = [line for line in text.split("\n") if line.strip()]
         if duplicate_share(lines)[1] > own.repeated * len(text):
             return "repeated_lines"
-        repeated = Grams(solid).repeated_characters(LONG_GRAM)
+        repeated = Grams.of_words(solid).repeated_characters(LONG_GRAM)
         return "repeated_grams" if repeated > own.grams * len(solid) else None

@@ -5,7 +5,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from data_pipeline.clean.words import duplicate_share, split_words
+from data_pipeline.clean.tally import count_words
+from data_pipeline.clean.words import duplicate_share
 from data_pipeline.transform.base import Block, Draft, TransformSection
 from megatron_joy.recipe.schema import NonNegativeFloat, NonNegativeInt
 
@@ -47,4 +48,4 @@ class _Fineweb(Block):
         breaks = text.count("\n")
         if duplicate_share(lines)[1] > own.repeated * (len(text) - breaks):
             return "repeated_lines"
-        return "list" if breaks > own.breaks * len(split_words(text)) else None
+        return "list" if breaks > own.breaks * count_words(text).words else None

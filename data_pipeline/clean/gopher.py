@@ -9,11 +9,12 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from data_pipeline.clean.words import ELLIPSES, LETTER, PARAGRAPHS, Grams, duplicate_share, split_words
+from data_pipeline.clean.repeats import Grams, repeated_parts
+from data_pipeline.clean.tally import Words, count_words, utf8
+from data_pipeline.clean.words import ELLIPSES
 from data_pipeline.transform.base import Block, Draft, TransformSection
 from megatron_joy.recipe.schema import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 TOP_GRAMS = ((2, 0.20), (3, 0.18), (4, 0.16))
 REPEATED_GRAMS = ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10))
 
@@ -54,36 +55,33 @@ class _Quality(Block):
         self._section = section
 
     def apply(self, draft: Draft, counts: Counter[str]) -> str | None:
-        own, words = self._section, split_words(draft.text)
-        real = [word for word in words if word[0].isalnum() or word[0] == "_"]
-        if len(real) < max(1, own.least_words):
+        own, found = self._section, count_words(draft.text)
+        if found.real < max(1, own.least_words):
             return "few_words"
-        if len(real) > own.most_words:
+        if found.real > own.most_words:
             return "many_words"
-        mean = sum(map(len, real)) / len(real)
+        mean = found.characters / found.real
         if mean < own.shortest_mean:
             return "short_words"
         if mean > own.longest_mean:
             return "long_words"
-        return self._symbols(draft.text, words) or self._lines(draft.text.splitlines()) or self._kinds(words)
+        return self._symbols(draft.text, found.words) or self._shares(found)
 
-    def _symbols(self, text: str, words: list[str]) -> str | None:
-        most = self._section.symbols * len(words)
+    def _symbols(self, text: str, words: int) -> str | None:
+        most = self._section.symbols * words
         if text.count("#") > most:
             return "hashes"
         return "ellipses" if sum(map(text.count, ELLIPSES)) > most else None
 
-    def _lines(self, lines: list[str]) -> str | None:
-        if sum(line.lstrip().startswith(("•", "-")) for line in lines) > self._section.bullets * len(lines):
+    def _shares(self, found: Words) -> str | None:
+        own = self._section
+        if found.bullets > own.bullets * found.lines:
             return "bullets"
-        if sum(line.rstrip().endswith(ELLIPSES) for line in lines) > self._section.ellipsis_lines * len(lines):
+        if found.ellipses > own.ellipsis_lines * found.lines:
             return "ellipsis_lines"
-        return None
-
-    def _kinds(self, words: list[str]) -> str | None:
-        if sum(LETTER.search(word) is not None for word in words) < self._section.letters * len(words):
+        if found.lettered < own.letters * found.words:
             return "letters"
-        return "stop_words" if len(STOP_WORDS.intersection(words)) < self._section.stop_words else None
+        return "stop_words" if found.stop_words < own.stop_words else None
 
 
 class GopherRepetitionSection(TransformSection):
@@ -112,15 +110,13 @@ class _Repetition(Block):
         self._section = section
 
     def apply(self, draft: Draft, counts: Counter[str]) -> str | None:
-        text = draft.text
-        lines = [line for line in text.split("\n") if line]
-        for name, parts in (("paragraph", PARAGRAPHS.split(text.strip())), ("line", lines)):
-            repeats, characters = duplicate_share(parts)
-            if repeats > self._section.parts * len(parts):
+        content, size = utf8(draft.text), len(draft.text)
+        for name, found in zip(("paragraph", "line"), repeated_parts(content), strict=True):
+            if found.repeats > self._section.parts * found.parts:
                 return f"{name}s"
-            if characters > self._section.characters * len(text):
+            if found.characters > self._section.characters * size:
                 return f"{name}_characters"
-        return self._grams(Grams(split_words(text)), len(text))
+        return self._grams(Grams.of_text(content), size)
 
     def _grams(self, grams: Grams, size: int) -> str | None:
         most = self._section.grams * size
@@ -133,8 +129,7 @@ class _Repetition(Block):
                 times, characters = grams.most_frequent(n)
                 if times * characters > share * most:
                     return "top_grams"
-        if grams.covered_characters(REPEATED_GRAMS[0][0]) <= REPEATED_GRAMS[-1][1] * most:
-            return None
-        if any(grams.repeated_characters(n) > share * most for n, share in REPEATED_GRAMS):
+        covered = grams.covered_characters(REPEATED_GRAMS[0][0])
+        if any(covered > share * most and grams.repeated_characters(n) > share * most for n, share in REPEATED_GRAMS):
             return "repeated_grams"
         return None

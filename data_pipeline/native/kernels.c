@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "utf8.h"
 #include "widest.h"
 
 enum { SEPARATOR = 0, WORD = 1, ALONE = 2, IGNORED = 3, SEQUENCE = 4 };
@@ -67,21 +68,6 @@ static inline void add_symbol(Shingler *s, uint32_t entry) {
     s->word = (s->word ^ point) * FNV_PRIME;
     s->open = 1;
     if (kind == ALONE) end_word(s);
-}
-
-/* One code point of valid UTF-8. */
-static inline uint32_t decode(const uint8_t **at) {
-    const uint8_t *p = *at;
-    if (p[0] < 0xE0) {
-        *at = p + 2;
-        return (uint32_t)(p[0] & 0x1F) << 6 | (p[1] & 0x3F);
-    }
-    if (p[0] < 0xF0) {
-        *at = p + 3;
-        return (uint32_t)(p[0] & 0x0F) << 12 | (uint32_t)(p[1] & 0x3F) << 6 | (p[2] & 0x3F);
-    }
-    *at = p + 4;
-    return (uint32_t)(p[0] & 0x07) << 18 | (uint32_t)(p[1] & 0x3F) << 12 | (uint32_t)(p[2] & 0x3F) << 6 | (p[3] & 0x3F);
 }
 
 static inline void add_point(Shingler *s, uint32_t point, const uint32_t *table, uint32_t points, const uint32_t *pool) {

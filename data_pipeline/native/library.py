@@ -14,6 +14,8 @@ U64, I64 = ndpointer(np.uint64), ndpointer(np.int64)
 SIZE, POINTS, NUMBER = ctypes.c_int64, ctypes.c_uint32, ctypes.c_int
 # What a kernel gets a document at a time is not checked at each call: ndpointer takes 2 microseconds for an array.
 TEXT, ARRAY, SCORE = ctypes.c_char_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_float)
+COUNTS, KEY = ctypes.POINTER(ctypes.c_int64), ctypes.c_uint64
+GRAMS = (ARRAY, ARRAY, SIZE, NUMBER, KEY)  # numbers, ends, words, n, key
 FOLDING = (U32, POINTS, U32)  # table, its length, pool
 FUNCTIONS = {
     "joy_signatures": (None, (BYTES, I64, SIZE, *FOLDING, U32, U32, NUMBER, NUMBER, U32, I64)),
@@ -31,6 +33,14 @@ FUNCTIONS = {
     ),
     "joy_pii_places": (SIZE, (TEXT, SIZE, U64)),
     "joy_json_lines": (SIZE, (BYTES, SIZE, BYTES, I64, NUMBER, BYTES, I64, SIZE)),
+    "joy_count_words": (None, (TEXT, SIZE, ARRAY, ARRAY, NUMBER, COUNTS)),
+    "joy_count_runs": (None, (TEXT, SIZE, ARRAY, ARRAY, NUMBER, COUNTS)),
+    "joy_number_words": (SIZE, (TEXT, SIZE, ARRAY, KEY, ARRAY, ARRAY)),
+    "joy_repeated_parts": (SIZE, (TEXT, SIZE, ARRAY, KEY, COUNTS)),
+    "joy_top_gram": (SIZE, (ARRAY, SIZE, NUMBER, KEY, COUNTS)),
+    "joy_longest_gram": (SIZE, (ARRAY, SIZE, NUMBER)),
+    "joy_covered_characters": (SIZE, GRAMS),
+    "joy_repeated_characters": (SIZE, GRAMS),
 }
 
 

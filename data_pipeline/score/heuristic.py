@@ -3,18 +3,14 @@
 The quantities are those of Gopher's rules (Rae et al. 2021, table A1), as numbers instead of verdicts.
 """
 
-import re
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
 
+from data_pipeline.clean.tally import count_runs
 from data_pipeline.score.base import Scores
 
-WORDS = re.compile(r"\w+")
-LETTERS = re.compile(r"[^\W\d_]")
-HAN = re.compile(r"[\u3400-\u9fff]")
-STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))  # Gopher's list
 SAMPLE = 20_000  # characters looked at: enough to judge, and long documents cost no more than others
 
 
@@ -30,17 +26,15 @@ class HeuristicScorer:
         return np.array([self._one(text[:SAMPLE]) for text in texts], dtype=np.float32).reshape(-1, len(self.columns))
 
     def _one(self, text: str) -> tuple[float, ...]:
-        words = WORDS.findall(text)
-        if not words:
+        found = count_runs(text)
+        if not found.runs:
             return (0.0,) * len(self.columns)
         lines = [line for line in (line.strip() for line in text.split("\n")) if line]
-        han = len(HAN.findall(text)) / len(text)
-        stop = sum(word.lower() in STOP_WORDS for word in words) / len(words)
         raw = text.encode()
         return (
-            len(LETTERS.findall(text)) / len(text),
-            sum(map(len, words)) / len(words),
+            found.letters / len(text),
+            found.characters / found.runs,
             len(set(lines)) / len(lines),
-            max(han, stop),
+            max(found.han / len(text), found.stop_words / found.runs),
             len(raw) / len(zlib.compress(raw, 1)),
         )

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.clean import words as ours
-from data_pipeline.clean.words import Grams, count_sentences, split_words
+from data_pipeline.clean.repeats import Grams
+from data_pipeline.clean.words import count_sentences, split_words
 from data_pipeline.transform.base import Draft
 from data_pipeline.transform.registry import KINDS
 
@@ -153,12 +154,15 @@ def test_repeated_ngrams_are_counted_as_by_hand(words: list[str], n: int) -> Non
         else:
             seen.add(gram)
             place += 1
-    assert Grams(words).repeated_characters(n) == expected
+    assert Grams.of_words(words).repeated_characters(n) == expected
     grams = Counter(" ".join(words[start : start + n]) for start in range(len(words) - n + 1))
     top = grams.most_common(1)
-    assert Grams(words).most_frequent(n) == ((top[0][1], len(top[0][0])) if top else (0, 0))
-    assert Grams(words).longest(n) == max(map(len, grams), default=0)
-    assert all(Grams(words).repeated_characters(more) <= Grams(words).covered_characters(n) for more in range(n, 9))
+    assert Grams.of_words(words).most_frequent(n) == ((top[0][1], len(top[0][0])) if top else (0, 0))
+    assert Grams.of_words(words).longest(n) == max(map(len, grams), default=0)
+    assert all(
+        Grams.of_words(words).repeated_characters(more) <= Grams.of_words(words).covered_characters(n)
+        for more in range(n, 9)
+    )
 
 
 @settings(deadline=None, max_examples=100)
