@@ -71,8 +71,8 @@ def test_each_code_point_is_what_python_takes_it_for() -> None:
 def test_words_are_cut_and_counted_alike_at_every_code_point() -> None:
     points = [chr(point) for point in range(POINTS) if not 0xD800 <= point < 0xE000]
     for start in range(0, len(points), 512):
-        # Beside letters, marks, joiners and itself, at both ends of a line, and as a bullet.
-        text = "".join(f"{c}a{c}b.{c}{c}-!{c}' {c}\n  {c} THE...{c}\n" for c in points[start : start + 512])
+        # Beside a letter, a joiner and marks, twice, alone, in front of a word and of an ellipsis, and at a line's end.
+        text = "".join(f"{c}a{c}.{c}{c}!{c}\n{c} {c}THE\n{c}…{c}" for c in points[start : start + 512])
         assert split(Grams.of_text(utf8(text))) == numbered(slow.WORDS.findall(text))
         assert count_words(text) == slow.count_words(text)
         assert count_runs(text) == slow.count_runs(text)
