@@ -9,17 +9,17 @@ import re
 from collections import Counter
 from typing import ClassVar, Literal
 
+import numpy as np
 from pydantic import Field
 
 from data_pipeline.clean.words import count_sentences
+from data_pipeline.native.library import kernels
 from data_pipeline.transform.base import Block, Draft, TransformSection, require
 from megatron_joy.recipe.schema import NonNegativeInt
 
 CITATIONS = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
 ENDS = (".", "?", "!", '"', "'")
 POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
-# What a line ends in that may end in a terminal mark once its citations are gone.
-LAST_MARKS = frozenset((*ENDS, "]"))
 LONGEST_WORD = 1000
 
 
@@ -70,19 +70,21 @@ class _C4(Block):
         return None
 
     def apply(self, draft: Draft, counts: Counter[str]) -> str | None:
-        kept, endless, page, terminal = [], 0, None, self._terminal
-        for raw in draft.text.splitlines():
+        content, kept, page = draft.text.encode(), [], None
+        asked, endless = lines_to_read(content, not self._terminal)
+        for place, (start, end) in enumerate(asked):
+            raw = content[start:end].decode()
             line = raw.strip()
-            if terminal and line[-1:] not in LAST_MARKS and len(raw) <= LONGEST_WORD:
-                endless += 1  # most lines of a web page: they cost one look at their last character
-                continue
             if "[" in line:
                 line = CITATIONS.sub("", line)
             reason = self._line_reason(raw, line)
             if reason is None:
                 kept.append(line)
             elif reason in C4Section.reasons:
-                page = reason
+                page, endless = (
+                    reason,
+                    len(content[:start].decode().splitlines()) - place,
+                )  # what is behind is not counted
                 break
             else:
                 counts[f"lines_{reason}"] += 1
@@ -93,6 +95,13 @@ class _C4(Block):
         if page is None:
             draft.text = "\n".join(kept).strip()
         return page
+
+
+def lines_to_read(content: bytes, every: bool) -> tuple[list[list[int]], int]:
+    """Begin and end of lines that may end in a terminal mark (or of every line), and how many others there are."""
+    lines, total = np.empty((len(content), 2), dtype=np.uint64), np.zeros(1, dtype=np.int64)
+    count = kernels().joy_c4_lines(content, len(content), every, LONGEST_WORD, lines.ctypes.data, total.ctypes.data)
+    return lines[:count].tolist(), int(total[0]) - count
 
 
 def have_sentences(lines: list[str], wanted: int) -> bool:

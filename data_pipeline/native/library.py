@@ -25,6 +25,7 @@ FUNCTIONS = {
     "joy_sort_rows": (None, (U64, U64, SIZE)),
     "joy_union": (None, (I64, I64, I64, SIZE)),
     "joy_flatten": (None, (I64, SIZE)),
+    "joy_c4_lines": (SIZE, (TEXT, SIZE, NUMBER, SIZE, ARRAY, ARRAY)),
     "joy_count": (SIZE, (U32, SIZE, I64, SIZE)),
     "joy_capitals": (NUMBER, (TEXT, SIZE)),
     "joy_language": (
