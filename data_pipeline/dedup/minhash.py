@@ -62,24 +62,21 @@ class MinHash:
     def _table(self) -> tuple[Signatures, int, Signatures]:
         return self._folding.table, len(self._folding.table), self._folding.pool
 
-    def signatures(self, texts: Sequence[bytes]) -> tuple[Signatures, Numbers]:
-        """Of UTF-8 texts: signatures uint32 [texts, permutations] and numbers of shingles int64 [texts].
+    def sign(self, texts: Sequence[bytes]) -> tuple[Signatures, Hashes, Numbers]:
+        """Of UTF-8 texts: signatures uint32 [texts, permutations], the sets they are of, uint64, and where each ends.
 
-        Repeated shingles are counted each time. A text without words has a signature of EMPTY and no shingles.
+        The sets lie one after another, each ascending: set i is sets[ends[i - 1]:ends[i]], the first from 0. A text
+        without words has a signature of EMPTY and an empty set.
         """
         joined, starts = _joined(texts)
         found = np.empty((len(texts), self.permutations), dtype=np.uint32)
-        shingles = np.zeros(len(texts), dtype=np.int64)
+        sets = np.empty(int(starts[-1]) + len(texts) + 1, dtype=np.uint64)
+        scratch = np.empty(int(np.diff(starts).max(initial=0)) + 1, dtype=np.uint64)
+        ends = np.zeros(len(texts), dtype=np.int64)
         a, b = self._coefficients
-        arguments = (*self._table(), a, b, self.permutations, self.gram, found, shingles)
-        kernels().joy_signatures(joined, starts, len(texts), *arguments)
-        return found, shingles
-
-    def signature_of(self, hashes: Hashes) -> Signatures:
-        """The signature uint32 [permutations] of a text by its shingle hashes, with or without repetitions."""
-        found = np.empty(self.permutations, dtype=np.uint32)
-        kernels().joy_signature(hashes, len(hashes), *self._coefficients, self.permutations, found)
-        return found
+        arguments = (*self._table(), a, b, self.permutations, self.gram, found, sets, ends, scratch)
+        kernels().joy_sign(joined, starts, len(texts), *arguments)
+        return found, sets[: ends[-1] if len(ends) else 0], ends
 
     def all_shingles(self, text: bytes) -> Hashes:
         """The hashes of a UTF-8 text's shingles, uint64, in their order, repeated ones too."""

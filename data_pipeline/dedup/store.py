@@ -10,7 +10,6 @@ A document has a row in its part and a number over all parts in their order. Shi
 text; with them a part is all that later runs need to tell new documents from old ones.
 """
 
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,7 +27,23 @@ from megatron_joy.errors import UserError
 PART = "part.json"
 FILES = ("signatures.bin", "documents.bin", "scores.bin", "shingles.bin")
 OPEN_PARTS = 1000
-ENTRY, SCORE = struct.Struct("<qq"), struct.Struct("<f")
+BATCH_BYTES = 1_000_000  # text that is signed at a time
+
+
+def _batches(documents: Iterable[tuple[bytes, float]]) -> Iterator[tuple[list[bytes], list[float]]]:
+    """Documents, about `BATCH_BYTES` of text at a time."""
+    texts: list[bytes] = []
+    scores: list[float] = []
+    size = 0
+    for text, score in documents:
+        texts.append(text)
+        scores.append(score)
+        size += len(text)
+        if size >= BATCH_BYTES:
+            yield texts, scores
+            texts, scores, size = [], [], 0
+    if texts:
+        yield texts, scores
 
 
 def write_part(folder: Path, method: MinHash, documents: Iterable[tuple[bytes, float]]) -> list[Path]:
@@ -36,15 +51,15 @@ def write_part(folder: Path, method: MinHash, documents: Iterable[tuple[bytes, f
     paths = [folder / name for name in FILES]
     count = place = 0
     with ExitStack() as stack:
-        signed, sizes, scores, sets = [stack.enter_context(atomic_file(path)) for path in paths]
-        for text, score in documents:
-            hashes = method.shingles(text)
-            signed.write(method.signature_of(hashes).tobytes())
-            sizes.write(ENTRY.pack(len(text), place))
-            scores.write(SCORE.pack(score))
-            sets.write(hashes.data)
-            place += len(hashes)
-            count += 1
+        streams = [stack.enter_context(atomic_file(path)) for path in paths]
+        for texts, scores in _batches(documents):
+            signatures, sets, ends = method.sign(texts)
+            begins = place + np.concatenate([[0], ends[:-1]])
+            entries = np.stack([np.fromiter(map(len, texts), np.int64, len(texts)), begins], axis=1)
+            for stream, rows in zip(streams, (signatures, entries, np.array(scores, "<f4"), sets), strict=True):
+                stream.write(np.ascontiguousarray(rows).data)
+            place += len(sets)
+            count += len(texts)
     content = {
         "fingerprint": method.fingerprint,
         "permutations": method.permutations,

@@ -12,7 +12,7 @@
 #include "widest.h"
 
 enum { SEPARATOR = 0, WORD = 1, ALONE = 2, IGNORED = 3, SEQUENCE = 4 };
-enum { SHINGLE_BLOCK = 1024, MAX_GRAM = 64 };
+enum { MAX_GRAM = 64 };
 
 #define FNV_OFFSET 0xCBF29CE484222325ull
 #define FNV_PRIME 0x100000001B3ull
@@ -130,36 +130,60 @@ static void lower(uint32_t *restrict minima, const uint64_t *restrict shingles, 
     }
 }
 
-/* Signatures [texts, permutations] of texts that lie one after another in `text`, text i at starts[i] .. starts[i + 1].
- * shingles [texts] gets how many shingles each has. */
-void joy_signatures(const uint8_t *text, const int64_t *starts, int64_t texts, const uint32_t *table, uint32_t points,
-                    const uint32_t *pool, const uint32_t *a, const uint32_t *b, int permutations, int gram,
-                    uint32_t *signatures, int64_t *shingles) {
-    uint64_t block[SHINGLE_BLOCK + 64];
-    for (int64_t i = 0; i < texts; i++) {
-        uint32_t *minima = signatures + i * permutations;
-        const uint8_t *at = text + starts[i], *end = text + starts[i + 1];
-        Shingler s;
-        shingler_start(&s, gram, block);
-        memset(minima, 0xFF, sizeof(uint32_t) * (size_t)permutations);
-        shingles[i] = 0;
-        while (at < end) {
-            at = shingle_some(&s, at, end, SHINGLE_BLOCK, table, points, pool);
-            lower(minima, block, s.count, a, b, permutations);
-            shingles[i] += s.count;
-            s.count = 0;
+/* Sort values by the byte at `shift` and those below it. Hashes spread evenly, so a pass or two leaves little to do; equal
+ * values take a pass for each byte and no more. */
+static void sort_hashes(uint64_t *values, uint64_t *scratch, int64_t count, int shift) {
+    enum { FEW = 32 };
+    if (count <= FEW) {
+        for (int64_t i = 1; i < count; i++) {
+            uint64_t value = values[i];
+            int64_t place = i;
+            for (; place && values[place - 1] > value; place--) values[place] = values[place - 1];
+            values[place] = value;
         }
-        shingler_end(&s);
-        lower(minima, block, s.count, a, b, permutations);
-        shingles[i] += s.count;
+        return;
+    }
+    int64_t places[257] = {0}; /* where each digit begins, then where it ends */
+    for (int64_t i = 0; i < count; i++) places[((values[i] >> shift) & 0xFF) + 1]++;
+    for (int digit = 0; digit < 256; digit++) places[digit + 1] += places[digit];
+    for (int64_t i = 0; i < count; i++) scratch[places[(values[i] >> shift) & 0xFF]++] = values[i];
+    memcpy(values, scratch, sizeof *values * (size_t)count);
+    int64_t begin = 0;
+    for (int digit = 0; shift && digit < 256; begin = places[digit++]) {
+        sort_hashes(values + begin, scratch, places[digit] - begin, shift - 8);
     }
 }
 
-/* Signature [permutations] of the shingles [count] of one text. */
-void joy_signature(const uint64_t *shingles, int64_t count, const uint32_t *a, const uint32_t *b, int permutations,
-                   uint32_t *signature) {
-    memset(signature, 0xFF, sizeof(uint32_t) * (size_t)permutations);
-    lower(signature, shingles, count, a, b, permutations);
+/* Keep one of equal neighbours; returns how many are left. */
+static int64_t distinct(uint64_t *values, int64_t count) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; i++) {
+        if (!kept || values[kept - 1] != values[i]) values[kept++] = values[i];
+    }
+    return kept;
+}
+
+/* Signatures [texts, permutations] of texts that lie one after another in `text`, text i at starts[i] .. starts[i + 1],
+ * and the sets that they are of: the hashes of each text's shingles, ascending, the set of text i before ends[i].
+ * sets holds as many as text has bytes and one more for each text, scratch as many as the longest text needs.
+ */
+void joy_sign(const uint8_t *text, const int64_t *starts, int64_t texts, const uint32_t *table, uint32_t points,
+              const uint32_t *pool, const uint32_t *a, const uint32_t *b, int permutations, int gram,
+              uint32_t *signatures, uint64_t *sets, int64_t *ends, uint64_t *scratch) {
+    int64_t end = 0;
+    for (int64_t i = 0; i < texts; i++) {
+        uint64_t *set = sets + end;
+        Shingler s;
+        shingler_start(&s, gram, set);
+        shingle_some(&s, text + starts[i], text + starts[i + 1], INT64_MAX, table, points, pool);
+        shingler_end(&s);
+        sort_hashes(set, scratch, s.count, 56);
+        int64_t count = distinct(set, s.count);
+        uint32_t *minima = signatures + i * permutations;
+        memset(minima, 0xFF, sizeof *minima * (size_t)permutations);
+        lower(minima, set, count, a, b, permutations);
+        ends[i] = end += count;
+    }
 }
 
 /* All shingles of one text, in order, repeated ones too; out holds at least bytes + 1. Returns how many. */

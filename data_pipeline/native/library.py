@@ -18,8 +18,7 @@ COUNTS, KEY = ctypes.POINTER(ctypes.c_int64), ctypes.c_uint64
 GRAMS = (ARRAY, ARRAY, SIZE, NUMBER, KEY)  # numbers, ends, words, n, key
 FOLDING = (U32, POINTS, U32)  # table, its length, pool
 FUNCTIONS = {
-    "joy_signatures": (None, (BYTES, I64, SIZE, *FOLDING, U32, U32, NUMBER, NUMBER, U32, I64)),
-    "joy_signature": (None, (U64, SIZE, U32, U32, NUMBER, U32)),
+    "joy_sign": (None, (BYTES, I64, SIZE, *FOLDING, U32, U32, NUMBER, NUMBER, U32, U64, I64, U64)),
     "joy_shingles": (SIZE, (BYTES, SIZE, *FOLDING, NUMBER, U64)),
     "joy_shared": (None, (U64, I64, I64, I64, SIZE, I64)),
     "joy_sort_rows": (None, (U64, U64, SIZE)),

@@ -34,13 +34,25 @@ def slow(texts: list[str], method: MinHash) -> np.ndarray:
 @pytest.mark.parametrize(("gram", "permutations"), [(7, 128), (1, 16), (3, 40)])
 def test_signatures_and_shingles_equal_the_slow_reference(gram: int, permutations: int) -> None:
     method = MinHash(gram, permutations, seed=5)
-    found, counts = method.signatures([text.encode() for text in TEXTS])
+    found, sets, ends = method.sign([text.encode() for text in TEXTS])
     assert np.array_equal(found, slow(TEXTS, method))
-    assert counts.tolist() == [len(slow_minhash.shingles(text, gram)) for text in TEXTS]
-    for text in TEXTS:
-        assert method.shingles(text.encode()).tolist() == sorted(set(slow_minhash.shingles(text, gram)))
-    again = [method.signature_of(method.shingles(text.encode())) for text in TEXTS]
-    assert np.array_equal(found, np.stack(again))
+    expected = [sorted(set(slow_minhash.shingles(text, gram))) for text in TEXTS]
+    assert [part.tolist() for part in np.split(sets, ends)] == [*expected, []]
+    assert [method.shingles(text.encode()).tolist() for text in TEXTS] == expected
+    assert [len(method.all_shingles(text.encode())) for text in TEXTS] == [
+        len(slow_minhash.shingles(text, gram)) for text in TEXTS
+    ]
+
+
+@pytest.mark.parametrize("words", [10, 33, 300, 9000, 300_000])
+def test_sets_of_any_size_are_ascending_and_distinct(words: int) -> None:
+    method = MinHash(gram=1)
+    numbers = np.random.default_rng(words).integers(0, words, 2 * words)
+    text = " ".join(map(str, numbers)).encode()
+    _, sets, ends = method.sign([text, b"", text])
+    expected = np.unique(method.all_shingles(text))
+    assert np.array_equal(sets, np.concatenate([expected, expected]))
+    assert ends.tolist() == [len(expected), len(expected), 2 * len(expected)]
 
 
 @settings(max_examples=150, deadline=None)
@@ -48,7 +60,7 @@ def test_signatures_and_shingles_equal_the_slow_reference(gram: int, permutation
 @given(st.lists(st.text(max_size=60), max_size=4))
 def test_any_text_equals_the_slow_reference(texts: list[str]) -> None:
     method = MinHash(gram=3, permutations=8)
-    found, _ = method.signatures([text.encode() for text in texts])
+    found, _, _ = method.sign([text.encode() for text in texts])
     assert np.array_equal(found, slow(texts, method).reshape(-1, 8))
 
 
@@ -67,7 +79,7 @@ def test_case_width_and_composition_make_no_difference() -> None:
     plain = "Caf\u00e9 Stra\u00dfe costs 12 and ABC of \u30ac today"
     other = "cafe\u0301 STRASSE costs １２ and ａｂｃ of \u30ab\u3099 ToDay"
     assert unicodedata.normalize("NFC", plain) != unicodedata.normalize("NFC", other)
-    first, second = method.signatures([plain.encode(), other.encode()])[0]
+    first, second = method.sign([plain.encode(), other.encode()])[0]
     assert np.array_equal(first, second)
 
 
@@ -77,9 +89,9 @@ def test_chinese_is_shingled_by_character() -> None:
 
 def test_a_text_without_words_has_no_shingles_and_equals_nothing() -> None:
     method = MinHash()
-    found, counts = method.signatures([b"", b"?! --"])
+    found, sets, ends = method.sign([b"", b"?! --"])
     assert (found == EMPTY).all()
-    assert counts.tolist() == [0, 0]
+    assert (len(sets), ends.tolist()) == (0, [0, 0])
     assert len(method.shingles(b"?!")) == 0
     empty = jaccard_of_rows(np.zeros(0, np.uint64), np.zeros(3, np.int64), np.array([0]), np.array([1]))
     assert empty.tolist() == [0.0]
@@ -99,7 +111,7 @@ def test_equal_entries_estimate_the_jaccard_similarity(similarity: float) -> Non
     rng = np.random.default_rng(7)
     method = MinHash(gram=1)
     pairs = [overlapping(rng, similarity, 300) for _ in range(400)]
-    signatures, _ = method.signatures([text for left, right, _ in pairs for text in (left, right)])
+    signatures, _, _ = method.sign([text for left, right, _ in pairs for text in (left, right)])
     error = agreement(signatures[::2], signatures[1::2]) - np.array([exact for _, _, exact in pairs])
     deviation = np.sqrt(similarity * (1 - similarity) / 128)
     assert abs(error.mean()) < 4 * deviation / np.sqrt(len(pairs))
