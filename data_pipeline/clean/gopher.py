@@ -120,12 +120,8 @@ class _Repetition(Block):
 
     def _grams(self, grams: Grams, size: int) -> str | None:
         most = self._section.grams * size
-        count, characters = grams.most_frequent(TOP_GRAMS[0][0])
-        if count * characters > TOP_GRAMS[0][1] * most:
-            return "top_grams"
-        for n, share in TOP_GRAMS[1:]:
-            # A longer gram is no more frequent than the most frequent shorter one: mostly that settles it.
-            if count * grams.longest(n) > share * most:
+        for n, share in TOP_GRAMS:
+            if grams.at_most(n) > share * most:
                 times, characters = grams.most_frequent(n)
                 if times * characters > share * most:
                     return "top_grams"

@@ -43,48 +43,50 @@ class Grams:
     Each is a 64-bit hash of its words' numbers; two different ones of a text share one with a chance below 1e-9.
     """
 
-    def __init__(self, buffer: Numbers, words: int) -> None:
-        """buffer: uint32 [2 room + 1]. At 0 begin the words' numbers, equal for equal words; at `room` the characters
-        up to each word, from 0 on and one more than there are words.
-        """
-        room, address = len(buffer) // 2, buffer.ctypes.data
-        self._words, self._numbers, self._ends = words, buffer, buffer[room:]
-        self._numbers_at, self._ends_at = address, address + room * buffer.itemsize
+    def __init__(self, numbers: Numbers, ends: Numbers) -> None:
+        """numbers: uint32 [words], equal for equal words; ends: uint32 [words + 1], characters to each word's end."""
+        recurring = np.empty(len(numbers), dtype=np.uint32)
+        self._words, self._arrays, self._ends = len(numbers), (numbers, recurring), ends
+        self._at = (numbers.ctypes.data, ends.ctypes.data, recurring.ctypes.data)
+        self._most = (ctypes.c_int64 * 3)()
+        _checked(kernels().joy_count_pairs(*self._at[:2], self._words, KEY, self._at[2], self._most))
 
     @classmethod
     def of_text(cls, content: bytes) -> "Grams":
         """Of the words of a UTF-8 text (clean/words.py)."""
-        grams = cls(np.empty(2 * len(content) + 1, dtype=np.uint32), 0)
-        arguments = (classes_address(), KEY, grams._numbers_at, grams._ends_at)
-        grams._words = _checked(kernels().joy_number_words(content, len(content), *arguments))
-        return grams
+        size = len(content)
+        buffer = np.empty(2 * size + 1, dtype=np.uint32)
+        address = buffer.ctypes.data
+        arguments = (classes_address(), KEY, address, address + size * buffer.itemsize)
+        words = _checked(kernels().joy_number_words(content, size, *arguments))
+        return cls(buffer[:words], buffer[size : size + words + 1])
 
     @classmethod
     def of_words(cls, words: Sequence[str]) -> "Grams":
         """Of any words, or of the characters of a string."""
         numbers: dict[str, int] = {}
-        buffer = np.zeros(2 * len(words) + 1, dtype=np.uint32)
-        buffer[: len(words)] = [numbers.setdefault(word, len(numbers)) for word in words]
-        np.cumsum(np.fromiter(map(len, words), np.uint32, len(words)), out=buffer[len(words) + 1 :])
-        return cls(buffer, len(words))
+        listed = np.array([numbers.setdefault(word, len(numbers)) for word in words], dtype=np.uint32)
+        ends = np.zeros(len(words) + 1, dtype=np.uint32)
+        np.cumsum(np.fromiter(map(len, words), np.uint32, len(words)), out=ends[1:])
+        return cls(listed, ends)
 
     def most_frequent(self, n: int) -> tuple[int, int]:
         """How often the most frequent n-gram occurs, and its characters, blanks between words too (of several the
         first one's); (0, 0) where there is none.
         """
         found = (ctypes.c_int64 * 2)()
-        _checked(kernels().joy_top_gram(self._numbers_at, self._words, n, KEY, found))
+        _checked(kernels().joy_top_gram(self._at[0], self._words, n, KEY, found))
         times, place = found
         return (times, int(self._ends[place + n]) - int(self._ends[place]) + n - 1) if times else (0, 0)
 
-    def longest(self, n: int) -> int:
-        """Characters of the longest n-gram, blanks between words too."""
-        return kernels().joy_longest_gram(self._ends_at, self._words, n) + n - 1 if self._words >= n else 0
+    def at_most(self, n: int) -> int:
+        """A bound on the product of both, for n of 2 to 4; it is known already, from counting pairs."""
+        return self._most[n - 2]
 
     def covered_characters(self, n: int) -> int:
         """Characters inside n-grams that occurred before; of no longer n-gram are more repeated."""
-        return _checked(kernels().joy_covered_characters(self._numbers_at, self._ends_at, self._words, n, KEY))
+        return _checked(kernels().joy_covered_characters(*self._at, self._words, n, KEY))
 
     def repeated_characters(self, n: int) -> int:
         """Characters of n-grams that occurred before; from a repeat the count goes on behind it."""
-        return _checked(kernels().joy_repeated_characters(self._numbers_at, self._ends_at, self._words, n, KEY))
+        return _checked(kernels().joy_repeated_characters(*self._at, self._words, n, KEY))

@@ -15,7 +15,7 @@ SIZE, POINTS, NUMBER = ctypes.c_int64, ctypes.c_uint32, ctypes.c_int
 # What a kernel gets a document at a time is not checked at each call: ndpointer takes 2 microseconds for an array.
 TEXT, ARRAY, SCORE = ctypes.c_char_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_float)
 COUNTS, KEY = ctypes.POINTER(ctypes.c_int64), ctypes.c_uint64
-GRAMS = (ARRAY, ARRAY, SIZE, NUMBER, KEY)  # numbers, ends, words, n, key
+GRAMS = (ARRAY, ARRAY, ARRAY, SIZE, NUMBER, KEY)  # numbers, ends, recurring, words, n, key
 FOLDING = (U32, POINTS, U32)  # table, its length, pool
 FUNCTIONS = {
     "joy_sign": (None, (BYTES, I64, SIZE, *FOLDING, U32, U32, NUMBER, NUMBER, U32, U64, I64, U64)),
@@ -38,7 +38,7 @@ FUNCTIONS = {
     "joy_number_words": (SIZE, (TEXT, SIZE, ARRAY, KEY, ARRAY, ARRAY)),
     "joy_repeated_parts": (SIZE, (TEXT, SIZE, ARRAY, KEY, COUNTS)),
     "joy_top_gram": (SIZE, (ARRAY, SIZE, NUMBER, KEY, COUNTS)),
-    "joy_longest_gram": (SIZE, (ARRAY, SIZE, NUMBER)),
+    "joy_count_pairs": (SIZE, (ARRAY, ARRAY, SIZE, KEY, ARRAY, COUNTS)),
     "joy_covered_characters": (SIZE, GRAMS),
     "joy_repeated_characters": (SIZE, GRAMS),
 }

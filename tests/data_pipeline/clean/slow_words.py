@@ -65,10 +65,6 @@ def most_frequent(words: Sequence[str], n: int) -> tuple[int, int]:
     return (top[0][1], len(" ".join(top[0][0]))) if top else (0, 0)
 
 
-def longest(words: Sequence[str], n: int) -> int:
-    return max((len(" ".join(gram)) for gram in grams_of(words, n)), default=0)
-
-
 def covered_characters(words: Sequence[str], n: int) -> int:
     seen: set[tuple[str, ...]] = set()
     covered: set[int] = set()

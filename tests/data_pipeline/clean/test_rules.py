@@ -158,7 +158,6 @@ def test_repeated_ngrams_are_counted_as_by_hand(words: list[str], n: int) -> Non
     grams = Counter(" ".join(words[start : start + n]) for start in range(len(words) - n + 1))
     top = grams.most_common(1)
     assert Grams.of_words(words).most_frequent(n) == ((top[0][1], len(top[0][0])) if top else (0, 0))
-    assert Grams.of_words(words).longest(n) == max(map(len, grams), default=0)
     assert all(
         Grams.of_words(words).repeated_characters(more) <= Grams.of_words(words).covered_characters(n)
         for more in range(n, 9)
