@@ -32,6 +32,7 @@ FUNCTIONS = {
         (TEXT, SIZE, ARRAY, ARRAY, ARRAY, POINTS, POINTS, ARRAY, ARRAY, ARRAY, ARRAY, NUMBER, SCORE),
     ),
     "joy_pii_places": (SIZE, (TEXT, SIZE, U64)),
+    "joy_survey": (NUMBER, (TEXT, SIZE, ARRAY)),
     "joy_json_lines": (SIZE, (BYTES, SIZE, BYTES, I64, NUMBER, BYTES, I64, SIZE)),
     "joy_count_words": (None, (TEXT, SIZE, ARRAY, ARRAY, NUMBER, COUNTS)),
     "joy_count_runs": (None, (TEXT, SIZE, ARRAY, ARRAY, NUMBER, COUNTS)),

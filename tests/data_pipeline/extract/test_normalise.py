@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.shared.corpus import environment_texts
-from data_pipeline.extract.normalise import SUSPICIOUS, NormaliseSection
+from data_pipeline.extract.normalise import NormaliseSection
+from data_pipeline.extract.survey import SUSPICION, SUSPICIOUS, UNCOMPOSED, survey
 from data_pipeline.transform.base import Draft
 
 Outcome = tuple[str | None, str, dict[str, int]]
@@ -94,7 +95,7 @@ def test_no_two_characters_that_ftfy_objects_to_are_missed() -> None:
     missed = [
         pair
         for pair in map("".join, itertools.product({*JUDGED, *OTHERS}, repeat=2))
-        if not SUSPICIOUS.search(pair) and (is_bad(f"a{pair}a") or is_bad(f" {pair} ") or is_bad(pair))
+        if not SUSPICION.search(pair) and (is_bad(f"a{pair}a") or is_bad(f" {pair} ") or is_bad(pair))
     ]
     assert not missed
 
@@ -102,4 +103,28 @@ def test_no_two_characters_that_ftfy_objects_to_are_missed() -> None:
 @settings(deadline=None, max_examples=3000)
 @given(st.text(st.sampled_from([*JUDGED, *OTHERS, *OTHERS]), max_size=12))
 def test_no_longer_sequence_that_ftfy_objects_to_is_missed(text: str) -> None:
-    assert SUSPICIOUS.search(text) or not is_bad(text)
+    assert SUSPICION.search(text) or not is_bad(text)
+
+
+@settings(deadline=None, max_examples=1500)
+@given(st.lists(st.sampled_from([*FRAGMENTS, *JUDGED, *OTHERS]), max_size=8).map("".join))
+def test_the_survey_suspects_what_the_expression_finds(text: str) -> None:
+    assert bool(survey(text) & SUSPICIOUS) == bool(SUSPICION.search(text))
+
+
+@settings(deadline=None, max_examples=3000)
+@given(
+    st.text(
+        st.one_of(
+            st.characters(exclude_categories=["Cs"]),
+            st.sampled_from("eA\u0301\u0323\u1100\u1161\u11a8\uac00か\u3099\u212b\u0344"),
+        ),
+        max_size=6,
+    )
+)
+def test_what_has_nothing_uncomposed_is_in_normal_form(text: str) -> None:
+    assert survey(text) & UNCOMPOSED or unicodedata.normalize("NFC", text) == text
+
+
+def test_common_scripts_are_known_to_be_composed() -> None:
+    assert not survey("plain “quoted” été Привет 中文。かな 한국어 ½ €") & UNCOMPOSED
