@@ -49,12 +49,16 @@ def _read_step(parts: Statistics) -> Step:
 
 def _transform_step(name: str, before: Step, parts: Statistics) -> Step:
     """parts: what each read task says of one transform of one source; none where it is not for this source."""
-    dropped, sizes = Counter[str](), Counter[str]()
+    dropped, sizes, counts = Counter[str](), Counter[str](), Counter[str]()
     for part in parts:
         dropped.update(part["dropped"])
         sizes.update(part["bytes_dropped"])
+        counts.update(part["counts"])
     changed = sum(part["bytes_out"] - part["bytes_kept"] for part in parts)
-    return _following(name, before, dropped, sizes, changed)
+    documents = sum(part["changed"] for part in parts)
+    return _following(name, before, dropped, sizes, changed).model_copy(
+        update={"documents_changed": documents, "counts": dict(sorted((+counts).items()))}
+    )
 
 
 def _following(name: str, before: Step, dropped: Counter[str], sizes: Counter[str], changed: int = 0) -> Step:
@@ -98,6 +102,9 @@ def _steps(job: Job, source: str, reads: Statistics, writes: Statistics) -> list
                 {reason: n[source] for reason, n in task["dropped_bytes"].items() if belongs(reason) and source in n}
             )
         steps.append(_following(name, steps[-1], +dropped, +sizes))
+        if name == "decontaminate":
+            (found,) = statistics_of(job, "contamination", 1)
+            steps[-1] = steps[-1].model_copy(update={"counts": found["removed"].get(source, {})})
     return steps
 
 

@@ -6,6 +6,7 @@ texts that go, and `decontaminated.jsonl`: what was removed from where for which
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -85,7 +86,7 @@ def contamination_task(job: Job, shard: int) -> TaskResult:
     counts = count_unrelated(index, (np.array(grams) for *_, grams in _different(job, gone)))
     whitelist = whitelist_of(counts, section.common)
     buckets: dict[int, list[bytes]] = {bucket: [] for bucket in range(job.plan.buckets.total)}
-    removed: dict[str, int] = {}
+    removed: dict[str, Counter[str]] = {}  # by source and benchmark
     report = job.folder / REPORT
     with atomic_file(report) as stream:
         for digest, file, offset, grams in _different(job, gone):
@@ -93,10 +94,11 @@ def contamination_task(job: Job, shard: int) -> TaskResult:
             if finding is None:
                 continue
             buckets[job.plan.buckets.bucket_of(digest)].append(digest)
-            removed[finding.benchmark] = removed.get(finding.benchmark, 0) + 1
             origin = job.plan.inputs[file]
+            source = job.pipeline.sources[origin.source].name
+            removed.setdefault(source, Counter())[finding.benchmark] += 1
             place = {"file": origin.path, "offset": offset, "blake3": digest.hex()}
-            stream.write(orjson.dumps({"source": job.pipeline.sources[origin.source].name, **place, **vars(finding)}))
+            stream.write(orjson.dumps({"source": source, **place, **vars(finding)}))
             stream.write(b"\n")
     files = [job.describe(report)]
     for bucket, hashes in buckets.items():
@@ -105,7 +107,8 @@ def contamination_task(job: Job, shard: int) -> TaskResult:
         files.append(job.describe(path))
     short = sum(not item.grams for item in index.items)
     statistics = {"items": len(index.items), "items_too_short": short, "whitelisted": int(whitelist.sum())}
-    return TaskResult(files, {**statistics, "removed": dict(sorted(removed.items()))})
+    by_source = {source: dict(sorted(counts.items())) for source, counts in sorted(removed.items())}
+    return TaskResult(files, {**statistics, "removed": by_source})
 
 
 def removed_path(job: Job, bucket: int) -> Path:

@@ -33,6 +33,7 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A shard set, or the
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 SITE = "JOY_SITE"
 EXECUTOR_NAMES = "|".join(EXECUTORS)
+MOST_COUNTS = 8  # lines that a step's own counts take in a terminal
 
 
 def _print_json(value: Any) -> None:
@@ -166,13 +167,30 @@ def _steps(steps: list[Step]) -> Table:
     for name in ("step", "", "documents", "MB of text"):
         table.add_column(name, justify="right" if name[:1] in "dM" and name else "left")
     for step in steps:
-        taken = "" if step.bytes_in is None else f"{step.bytes_in / 1e6:,.1f}"
+        taken = "" if step.bytes_in is None else _megabytes(step.bytes_in)
         table.add_row(step.name, "takes", f"{step.documents_in:,}", taken)
         for reason, count in step.dropped.items():
             size = step.bytes_dropped.get(reason)
-            table.add_row("", f"- {reason}", f"{count:,}", "" if size is None else f"{size / 1e6:,.1f}")
-        table.add_row("", "lets through", f"{step.documents_out:,}", f"{step.bytes_out / 1e6:,.1f}", style="bold")
+            table.add_row("", f"- {reason}", f"{count:,}", "" if size is None else _megabytes(size))
+        if step.documents_changed:
+            table.add_row("", "changes", f"{step.documents_changed:,}", f"{step.bytes_changed / 1e6:+,.3f}")
+        table.add_row("", "lets through", f"{step.documents_out:,}", _megabytes(step.bytes_out), style="bold")
+        for line in _counted(step):
+            table.add_row("", line, "", "", style="dim")
     return table
+
+
+def _counted(step: Step) -> Iterator[str]:
+    """What a step counted by itself, the most frequent first; few lines, since there are 176 languages."""
+    counts = sorted(step.counts.items(), key=lambda item: -item[1])
+    for name, count in counts[:MOST_COUNTS]:
+        yield f"  {name}: {count:,}"
+    if len(counts) > MOST_COUNTS:
+        yield f"  and {len(counts) - MOST_COUNTS} more in {LEDGER_NAME}"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f}" if size >= 10_000_000 else f"{size / 1e6:.3f}"
 
 
 def _print_reports(reports: list[SetReport]) -> None:
@@ -208,7 +226,7 @@ def _contents(report: SetReport) -> Table:
 
 def _amounts(part: dict[str, int]) -> tuple[str, str, str, str]:
     ratio = part["bytes_text"] / part["tokens"] if part["tokens"] else 0.0
-    return f"{part['documents']:,}", f"{part['tokens']:,}", f"{part['bytes_text'] / 1e6:,.1f}", f"{ratio:.2f}"
+    return f"{part['documents']:,}", f"{part['tokens']:,}", _megabytes(part["bytes_text"]), f"{ratio:.2f}"
 
 
 @app.command("inspect", epilog="Example: joy data inspect data/demo/validation --doc 3")

@@ -32,6 +32,10 @@ class Step(ManifestPart):
     bytes_out: Count
     bytes_changed: int = Field(0, description="What the step added to the texts that stay, or took away.")
     bytes_dropped: dict[str, Count] = Field(default_factory=dict, description="Bytes by reason.")
+    documents_changed: Count = Field(0, description="Documents that stay with another text.")
+    counts: dict[str, Count] = Field(
+        default_factory=dict, description="What the step counted by itself: replacements, lines, languages, items."
+    )
 
     @model_validator(mode="after")
     def _closes(self) -> Self:
@@ -93,6 +97,8 @@ def _sum(parts: Sequence[Step]) -> Step:
         bytes_out=sum(part.bytes_out for part in parts),
         bytes_changed=sum(part.bytes_changed for part in parts),
         bytes_dropped=_added([part.bytes_dropped for part in parts]),
+        documents_changed=sum(part.documents_changed for part in parts),
+        counts=_added([part.counts for part in parts]),
     )
 
 

@@ -58,6 +58,7 @@ def render(ledger: Ledger, samples: Sequence[dict[str, Any]]) -> str:
     panels = (
         _funnel(ledger.steps),
         _reasons(ledger.steps),
+        _counted(ledger.steps),
         _totals("sources", "Tokens by source", "source", ledger.totals),
         _lengths(ledger.lengths),
         _totals("languages", "Tokens by language", "language", ledger.languages) if ledger.languages else "",
@@ -134,6 +135,24 @@ def _reasons(steps: Sequence[Step]) -> str:
     head = ("step", "reason", "documents", "of those that it took", "text")
     note = "bytes of records that a reader puts aside are not counted: they are no text"
     return section("reasons", "Why documents went", table(head, rows, numeric=(2, 3, 4)), note=note)
+
+
+def _counted(steps: Sequence[Step]) -> str:
+    """What steps counted by themselves: replacements by kind, lines by reason, languages, items of benchmarks."""
+    rows = [
+        (escape(step.name), escape(name), f"{count:,}")
+        for step in steps
+        for name, count in sorted(step.counts.items(), key=lambda item: -item[1])
+    ]
+    rows += [
+        (escape(step.name), "<i>documents that stay with another text</i>", f"{step.documents_changed:,}")
+        for step in steps
+        if step.documents_changed
+    ]
+    if not rows:
+        return ""
+    note = "documents for languages and benchmarks; replacements, characters and lines elsewhere"
+    return section("counted", "What steps counted", table(("step", "what", "number"), rows, numeric=(2,)), note=note)
 
 
 def _totals(id: str, title: str, kind: str, totals: dict[str, Totals]) -> str:

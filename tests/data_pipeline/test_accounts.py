@@ -21,6 +21,8 @@ from tests.data_pipeline.corpora import run_inline, texts, write_jsonl, write_pi
 LONG = texts(80)[:80]
 SHORT = ["<script>alert('x')</script>", "<img src=http://example.org/x>", "kurz"]
 OTHER = [f"{text} from elsewhere" for text in texts(40, seed=5)[:40]]
+ADDRESSES = "write to one@example.org, two@example.org or 8.8.8.8, whoever reads this long line of text"
+KEPT = [*LONG, *LONG[:7], "word " * 30 + "   \nend", "1 2 3 4 5 6 7 8 9 0 " * 5, ADDRESSES]  # by length
 EXTRA = """
 [[transforms]]
 kind = "length"
@@ -28,6 +30,8 @@ least = 40
 sources = ["texts"]
 [[transforms]]
 kind = "normalise"
+[[transforms]]
+kind = "pii"
 [[score]]
 name = "form"
 scorer = "heuristic"
@@ -43,7 +47,7 @@ paths = ["IN/more/*.jsonl"]
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run over two sources, the first with short texts, copies, trailing spaces and a broken line."""
     folder, out = tmp_path_factory.mktemp("in"), tmp_path_factory.mktemp("out")
-    write_jsonl(folder / "a.jsonl", [*LONG, *SHORT, *LONG[:7], "word " * 30 + "   \nend", "1 2 3 4 5 6 7 8 9 0 " * 5])
+    write_jsonl(folder / "a.jsonl", [*SHORT, *KEPT])
     with open(folder / "a.jsonl", "ab") as stream:
         stream.write(b"{broken\n")
     write_jsonl(folder / "more" / "b.jsonl", [*OTHER, LONG[3]])
@@ -53,19 +57,23 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_step_has_what_the_inputs_say(finished: Path) -> None:
     ledger = load_ledger(finished)
-    read, length, normalise, deduplicate, score = ledger.sources["texts"]
-    assert (read.documents_in, read.dropped) == (len(LONG) + len(SHORT) + 7 + 2 + 1, {"broken_json": 1})
+    read, length, normalise, pii, deduplicate, score = ledger.sources["texts"]
+    assert (read.documents_in, read.dropped) == (len(KEPT) + len(SHORT) + 1, {"broken_json": 1})
     assert length.dropped == {"short": len(SHORT)}
     assert length.bytes_dropped == {"short": sum(len(text.encode()) for text in SHORT)}
     assert length.bytes_changed == 0
     assert normalise.bytes_changed < 0
+    ragged = [text for text in KEPT if text != "\n".join(map(str.rstrip, text.split("\n"))).strip("\n")]
+    assert (normalise.documents_changed, normalise.counts) == (len(ragged), {})
+    assert (pii.documents_changed, pii.counts) == (1, {"email": 2, "ip": 1})
     # Of two sources with one text the first in the pipeline keeps it: the other's is a copy.
     assert deduplicate.dropped == {"exact_duplicate": 7 + 1}
     assert score.dropped == {"score_form_letters": 1}
     other = ledger.sources["other"]
-    assert [step.name for step in other] == ["read", "length", "normalise", "deduplicate", "score"]
+    assert [step.name for step in other] == ["read", "length", "normalise", "pii", "deduplicate", "score"]
     assert other[1].dropped == {}
-    assert other[3].dropped == {}
+    assert (other[3].documents_changed, other[3].counts) == (0, {})
+    assert other[4].dropped == {}
 
 
 def test_the_steps_add_up_to_what_the_shards_hold(finished: Path) -> None:
@@ -117,6 +125,7 @@ def test_the_page_shows_what_went_as_text_and_loads_nothing(finished: Path, tmp_
     assert all(not {"src", "href", "onload", "onerror"} & set(attributes) for _, attributes in parser.found)
     assert "default-src 'none'; style-src 'sha256-" in page
     assert "&lt;script&gt;alert(" in page
+    assert "What steps counted" in page and "<td>email</td>" in page
     for text in ("Dropped: length.short", "Dropped: score_form_letters", "exact_duplicate", "Score form_letters"):
         assert text in page
     ledger = load_ledger(finished)
@@ -133,6 +142,8 @@ def test_stats_prints_the_steps_and_writes_the_page(
     printed = capsys.readouterr()
     assert "exact_duplicate" in printed.out
     assert "length" in printed.out
+    lines = [line.split() for line in printed.out.splitlines()]
+    assert ["changes", "1", "-0.000"] in lines and ["email:", "2"] in lines and ["ip:", "1"] in lines
     assert (tmp_path / "p.html").stat().st_size > 10_000
     assert main(["data", "stats", str(finished / "train"), "--html", str(tmp_path / "q.html")]) == 2
     assert "ledger.json: not there" in capsys.readouterr().err
@@ -154,7 +165,7 @@ def test_inspect_tells_what_each_step_made_of_a_document(finished: Path, capsys:
         for number in range(load_manifest(finished / split).totals.documents):
             assert main(["data", "inspect", str(finished / split), "--doc", str(number), "--json"]) == 0
             report = json.loads(capsys.readouterr().out)
-            steps = ["read", "length", "normalise"] if report["origin"]["source"] == "texts" else ["read", "normalise"]
+            steps = ["read", *["length"] * (report["origin"]["source"] == "texts"), "normalise", "pii"]
             assert [step["step"] for step in report["history"]] == steps
             assert report["history"][-1]["bytes"] == report["origin"]["bytes_text"]
             assert set(report["scores"]) == set(load_ledger(finished).scores)
