@@ -121,7 +121,9 @@ def test_counts_and_verdicts_equal_plain_pythons_on_real_text() -> None:
 @pytest.mark.parametrize("key", [1, 3, 0x9E3779B97F4A7C15, 2**64 - 1])
 def test_the_key_changes_nothing_that_is_counted(key: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repeats, "KEY", key)
-    check("\n".join(f"a{number % 700} b{number % 7}" for number in range(3000)), 3)
+    # Beginnings of one another, which a bad key puts side by side.
+    alike = " ".join("commonbeginning"[:length] + " " + "\0" * length for length in range(1, 16))
+    check(alike + "\n".join(f"a{number % 700} b{number % 7}" for number in range(3000)), 3)
 
 
 def many(cell: Callable[[int], str]) -> str:
