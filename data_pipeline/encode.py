@@ -50,14 +50,28 @@ def _splits_alone(content: dict[str, Any]) -> bool:
     return known and not changes and (content.get("model") or {}).get("type") == "BPE"
 
 
+def _encoded_otherwise(content: dict[str, Any]) -> str | None:
+    """What gigatoken loads but reads otherwise than the library: known, so no shard waits for a sample that differs."""
+    if any(token.get("single_word") and not token.get("special") for token in content.get("added_tokens") or []):
+        return "added tokens with single_word are found inside words"
+    step, model = content.get("pre_tokenizer"), content.get("model") or {}
+    if step is None and content.get("normalizer") is None and not model.get("byte_fallback"):
+        return "without a pre_tokenizer it takes bytes for characters"
+    if step is not None and step.get("type") == "ByteLevel" and step.get("use_regex") is False:
+        return "ByteLevel alone splits words, also with use_regex = false"
+    return None
+
+
 def gigatoken_of(folder: Path, eod_id: int) -> tuple[Any, bool]:
     """gigatoken's form of a tokenizer, special tokens left out so that their strings are ordinary text.
 
     Also whether it takes documents joined by `SEPARATOR`, which becomes `eod_id`. Raises whatever gigatoken does for a
-    tokenizer that it does not support.
+    tokenizer that it does not support, ValueError for one that it is known to read otherwise.
     """
     content = orjson.loads((folder / TOKENIZER_FILE).read_bytes())
     added = content.get("added_tokens") or []
+    if (otherwise := _encoded_otherwise(content)) is not None:
+        raise ValueError(otherwise)
     joins = _splits_alone(content)
     content["added_tokens"] = [token for token in added if not token.get("special")]
     if joins:
@@ -113,7 +127,8 @@ class Encoder:
                 self._fast, self._joins = gigatoken_of(folder, self._eod)
                 self.engine = "gigatoken"
             except Exception as error:  # gigatoken names no common class for what it cannot load
-                self.note = f"gigatoken cannot load this tokenizer ({error}); the Hugging Face library is used"
+                cause = str(error).partition("\n")[0]  # behind it: where in its source
+                self.note = f"gigatoken cannot load this tokenizer ({cause}); the Hugging Face library is used"
                 if settings.engine == "gigatoken":
                     raise WorkError(f"{folder}: {self.note.partition(';')[0]}; set encode.engine to auto") from None
 
@@ -166,6 +181,15 @@ class Encoder:
             [self._encode_slowly([part]) if separator in part else encode(part + separator) for part in parts]
         )
 
+    def _early_end(self, texts: Sequence[Text]) -> str:
+        """What to say of the first text in which the library itself finds the end of a document."""
+        plain = (bytes(text).decode() for text in texts)
+        found = next(text for text in plain if self._eod in self._library().encode(text, add_special_tokens=False).ids)
+        return (
+            f"{self._folder}: the tokenizer gives its end-of-document id {self._eod} for ordinary text, "
+            f"in the document that begins with {found[:80]!r}; take another tokenizer.eod_token or leave it out"
+        )
+
     def _encode_slowly(self, texts: Sequence[Text]) -> Ids:
         encodings = self._library().encode_batch_fast(
             [bytes(text).decode() for text in texts], add_special_tokens=False
@@ -187,7 +211,7 @@ class Encoder:
         if len(ends) != len(texts):
             if self._fast is not None:  # the library shall say whether it is so
                 raise OracleDifference(f"gigatoken gives {len(ends)} ends of documents for {len(texts)}")
-            raise WorkError(f"{self._folder}: the tokenizer gives its end-of-document id {self._eod} for ordinary text")
+            raise WorkError(self._early_end(texts))
         if self._fast is not None:
             self._compare(texts, tokens, ends)
         return tokens, np.diff(ends, prepend=-1)

@@ -70,7 +70,7 @@ class _Block:
 
     def __init__(self, source: SourceSection, limit: int) -> None:
         self._source, self._limit = source, limit
-        names = [name.encode() for name in (source.text_field, source.licence_field, source.url_field) if name]
+        names = [name.encode() for name in (source.text_field, *filter(None, (source.licence_field, source.url_field)))]
         if source.reader != "jsonl" or len(set(names)) < len(names):
             names = []  # the kernel only finds lines then
         self._names = np.frombuffer(b"".join(names), dtype=np.uint8)

@@ -99,6 +99,47 @@ def test_what_depends_on_a_texts_beginning_is_not_joined(trained: Path, tmp_path
     same((ours, theirs), ["one two", "e\u0301", " three", ""])
 
 
+OTHERWISE = {
+    "single_word": lambda content: content["added_tokens"].append(
+        {"id": 400, "content": "word", "special": False, "single_word": True}
+        | dict.fromkeys(("lstrip", "rstrip", "normalized"), False)
+    ),
+    "no pre_tokenizer": lambda content: content.update(pre_tokenizer=None),
+    "no split": lambda content: content.update(pre_tokenizer=content["pre_tokenizer"]["pretokenizers"][-1]),
+}
+
+
+@pytest.mark.parametrize("change", list(OTHERWISE))
+def test_what_gigatoken_reads_otherwise_goes_to_the_library_without_a_sample(
+    trained: Path, tmp_path: Path, change: str
+) -> None:
+    shutil.copytree(trained, tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    OTHERWISE[change](content)
+    path.write_text(json.dumps(content))
+    documents = [*ODD_STRINGS, "a word", "a sword", "caf\u00e9 * x", *texts(20)]
+    identity = identify(path.parent)
+    auto, reference = (
+        Encoder(path.parent, identity, EncodeSection(engine=e, check_every=0)) for e in ("auto", "huggingface")
+    )
+    assert auto.engine == "huggingface" and auto.note is not None
+    same((auto, reference), documents)
+
+
+def test_an_end_of_document_inside_ordinary_text_names_the_document(tmp_path: Path) -> None:
+    """Some models' vocabularies hold the string itself, as a word like any other."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"</s>": 0, "[UNK]": 1, "text": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["</s>"])
+    save_tokenizer(tokenizer, ["</s>"], "</s>", tmp_path)
+    encoder = Encoder(tmp_path, identify(tmp_path), EncodeSection())
+    with pytest.raises(WorkError, match=r"begins with 'text </s> text'; take another tokenizer\.eod_token"):
+        encoder.encode([b"text", b"text </s> text"])
+
+
 class Wrong:
     """An encoder that gives a wrong first id to texts about `topic`."""
 

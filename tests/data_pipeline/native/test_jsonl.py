@@ -179,3 +179,15 @@ def test_lines_before_a_break_are_kept_and_the_break_has_its_place(tmp_path: Pat
     whole = b"".join(json.dumps({"text": f"text {n}"}).encode() + b"\n" for n in range(5))
     found = list(read_lines(Broken(whole + b'{"text": "cut'), Piece(0, 0, None), SOURCE, 1000))
     assert found == [*plainly(whole, 1000), Rejected("broken_compression", len(whole), "cut short")]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"url_field": "url"}, {"licence_field": "url"}, {"url_field": "", "licence_field": ""}]
+)
+def test_a_text_field_without_a_name_is_read_and_no_other(fields: dict[str, str]) -> None:
+    """The empty string is a key like any other; the first field that has a name must not become the text."""
+    source = SourceSection(name="a", reader="jsonl", paths=["x"], text_field="", **fields)
+    content = b'{"url": "https://a.org/", "": "its text"}\n{"url": "https://a.org/", "text": "not asked for"}\n'
+    first, second = read_lines(io.BufferedReader(io.BytesIO(content)), Piece(0, 0, None), source, 1000)
+    assert isinstance(first, Document) and first.text == b"its text"
+    assert isinstance(second, Rejected) and second.reason == "missing_text"
