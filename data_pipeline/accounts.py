@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from data_pipeline.dedup.lines_stage import NAME
 from data_pipeline.engine import Job, statistics_of
 from data_pipeline.score.scorers import bounds_of
 from data_pipeline.select import CONTAMINATED, EXACT, NEAR
@@ -83,6 +84,8 @@ def _selections(job: Job) -> list[tuple[str, Any]]:
         found.append(("decontaminate", lambda reason: reason == CONTAMINATED))
     if job.pipeline.score:
         found.append(("score", lambda reason: reason.startswith("score_")))
+    if job.pipeline.repeated_lines.enabled:
+        found.append((NAME, lambda reason: reason == NAME))
     return found
 
 
@@ -101,10 +104,14 @@ def _steps(job: Job, source: str, reads: Statistics, writes: Statistics) -> list
             sizes.update(
                 {reason: n[source] for reason, n in task["dropped_bytes"].items() if belongs(reason) and source in n}
             )
-        steps.append(_following(name, steps[-1], +dropped, +sizes))
+        cut = Counter[str]()
+        for task in writes if name == NAME else ():
+            cut.update(task["repeated_lines"].get(source, {}))
+        steps.append(_following(name, steps[-1], +dropped, +sizes, -cut["bytes"]))
+        counts = {"lines": cut["lines"]} if cut else {}
         if name == "decontaminate":
-            (found,) = statistics_of(job, "contamination", 1)
-            steps[-1] = steps[-1].model_copy(update={"counts": found["removed"].get(source, {})})
+            counts = statistics_of(job, "contamination", 1)[0]["removed"].get(source, {})
+        steps[-1] = steps[-1].model_copy(update={"documents_changed": cut["documents"], "counts": counts})
     return steps
 
 

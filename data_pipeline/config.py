@@ -110,6 +110,14 @@ class DecontaminateSection(Section):
     least: PositiveInt = Field(1, description="n-grams of an item, not whitelisted, that make a document go.")
 
 
+class RepeatedLinesSection(Section):
+    """Lines that an earlier document of the set has too, several in a row, go (docs/dedup.md)."""
+
+    enabled: bool = Field(False, description="Whether repeated lines are removed, after all that drops documents.")
+    lines: PositiveInt = Field(3, description="Lines in a row that must be the same, blank ones passed over.")
+    least_bytes: NonNegativeInt = Field(100, description="Shorter spans of lines stay.")
+
+
 class BoundSection(Section):
     """least <= score < below; a score that could not be had is dropped by any bound."""
 
@@ -164,6 +172,7 @@ class Pipeline(Section):
     score: list[ScoreSection] = Field(
         default_factory=list, description="Scorers, cheap ones first; what is selected by them."
     )
+    repeated_lines: RepeatedLinesSection = Field(default_factory=RepeatedLinesSection)
     output: OutputSection
 
     @property
@@ -306,6 +315,12 @@ def _decontaminate_problems(section: DecontaminateSection) -> Iterator[str]:
             yield f"decontaminate.{dead}: has no effect without decontaminate.enabled = true; set that"
 
 
+def _repeated_lines_problems(section: RepeatedLinesSection) -> Iterator[str]:
+    if not section.enabled:
+        for dead in sorted(section.model_fields_set - {"enabled"}):
+            yield f"repeated_lines.{dead}: has no effect without repeated_lines.enabled = true; set that"
+
+
 def _transform_problems(pipeline: Pipeline) -> Iterator[str]:
     labels = [section.label for section in pipeline.transforms]
     known = [source.name for source in pipeline.sources]
@@ -385,6 +400,7 @@ def _unshuffled_problems(pipeline: Pipeline) -> Iterator[str]:
         "near_duplicates.enabled": pipeline.near_duplicates.enabled,
         "decontaminate.enabled": pipeline.decontaminate.enabled,
         "score": bool(pipeline.score),
+        "repeated_lines.enabled": pipeline.repeated_lines.enabled,
         "seed": "seed" in pipeline.model_fields_set,
         "output.keep_work": pipeline.output.keep_work,
     }
@@ -411,6 +427,7 @@ def problems_between(pipeline: Pipeline) -> list[str]:
         *_near_duplicate_problems(pipeline.near_duplicates),
         *_decontaminate_problems(pipeline.decontaminate),
         *_score_problems(pipeline.score),
+        *_repeated_lines_problems(pipeline.repeated_lines),
         *_unshuffled_problems(pipeline),
         *_folder_problems(pipeline),
     ]

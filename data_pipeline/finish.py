@@ -44,7 +44,10 @@ from megatron_joy.errors import WorkError
 
 OTHER_SPLIT = {"train": "validation_split", "validation": "training_split"}
 # Stages with a folder under `work`.
-WITH_FILES = ("read", "regroup", "match", "verify", "cluster", "overlap", "contamination", "score", "write", "stream")
+WITH_FILES = (
+    *("read", "regroup", "match", "verify", "cluster", "overlap", "contamination", "score", "spans", "repeats"),
+    *("write", "stream"),
+)
 
 
 def close_accounts(reads: list[dict[str, Any]], writes: list[dict[str, Any]]) -> tuple[int, Counter[str]]:
@@ -82,10 +85,11 @@ def close_accounts(reads: list[dict[str, Any]], writes: list[dict[str, Any]]) ->
     size_in = sum(source["bytes_text"] for task in reads for source in task["sources"].values())
     size_out = sum(totals["bytes_text"] for task in writes for totals in task["sources"].values())
     size_dropped = sum(size for task in writes for sizes in task["dropped_bytes"].values() for size in sizes.values())
-    if size_in != size_out + size_dropped:
+    size_cut = sum(own["bytes"] for task in writes for own in task.get("repeated_lines", {}).values())
+    if size_in != size_out + size_dropped + size_cut:
         raise WorkError(
-            f"accounts: {size_in} bytes of text read, {size_dropped} dropped, {size_out} written; this is a bug or a "
-            "damaged work folder, the shards are not published"
+            f"accounts: {size_in} bytes of text read, {size_dropped} dropped, {size_cut} cut, {size_out} written; this "
+            "is a bug or a damaged work folder, the shards are not published"
         )
     if documents != received or received != later.total() + written:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(later.items()))

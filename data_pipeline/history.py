@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import Pipeline
+from data_pipeline.dedup.lines_stage import NAME
 from data_pipeline.engine import PIPELINE, WORK, load_plan
 from data_pipeline.inventory import UNSEEN, Piece, compression_of
 from data_pipeline.readers.base import Document
@@ -52,7 +53,13 @@ def _records(pipeline: Pipeline, folder: Path, origin: DocumentOrigin) -> Iterat
                     return
 
 
-def history(folder: Path, origin: DocumentOrigin) -> list[dict[str, Any]]:
+def _is_cut(text: str, before: str) -> bool:
+    """Whether a text is another one without some of its lines."""
+    lines = iter(before.split("\n"))
+    return all(line in lines for line in text.split("\n"))
+
+
+def history(folder: Path, origin: DocumentOrigin, text: str) -> list[dict[str, Any]]:
     """The steps of a document: step, bytes (of its text after it), changed.
 
     Raises UserError when the input is not there any more, or something else comes out of it than was written.
@@ -60,6 +67,7 @@ def history(folder: Path, origin: DocumentOrigin) -> list[dict[str, Any]]:
     Args:
         folder: the pipeline's output folder.
         origin: the document's.
+        text: that was written.
     """
     pipeline = load_resolved(folder)
     sections = sections_for(pipeline.transforms, origin.source)
@@ -76,6 +84,8 @@ def history(folder: Path, origin: DocumentOrigin) -> list[dict[str, Any]]:
                 )
             if text_hash(draft.text.encode()).hex() == origin.blake3:
                 return steps
+            if pipeline.repeated_lines.enabled and _is_cut(text, draft.text):
+                return [*steps, {"step": NAME, "bytes": len(text.encode()), "changed": True}]
     except WorkError as error:
         raise UserError(str(error)) from None
     raise UserError(

@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from data_pipeline.config import Pipeline
+from data_pipeline.dedup.lines_stage import SHARES
 from data_pipeline.engine import Job, load_plan
 from data_pipeline.spool import MOST_AT_ONCE
 from data_pipeline.stages import STAGES
@@ -19,17 +20,18 @@ from megatron_joy.data.ledger import load_ledger
 from megatron_joy.errors import UserError
 
 FIXED = "tokenizer"
-SORTED = {"match", "cluster"}
+SORTED = {"match", "cluster", "repeats"}
 # Stages of as many tasks as the sample had, whatever the size: one for each band, or one.
 FEW_TASKS = ("match", "cluster", "contamination", "tokenizer", "finish")
+MOST_TASKS = {"repeats": SHARES}  # of stages whose tasks grow in number up to here
 HOUR = 3600.0
 SMALL = 20_000_000  # tokens of a sample below which the start-up of workers says more than their work
 ASSUMPTIONS = (
     "Every stage costs as much for a token as in the sample, and this machine's cores are like those of the plan.",
     "Workers keep their cores busy: core hours are seconds of CPU, and waiting for disks or networks is not planned.",
-    "The tokenizer costs what it cost here; it, cluster, contamination and finish run on one core and match on one for "
-    "each band, however many cores there are.",
-    "Finding near-duplicates grows with the tokens times the logarithm of the documents.",
+    "The tokenizer costs what it cost here; it, cluster, contamination and finish run on one core, match on one for "
+    f"each band and repeats on {SHARES} at most, however many cores there are.",
+    "Finding near-duplicates and repeated lines grows with the tokens times the logarithm of the documents.",
     "Memory of a worker: the most that a task of the sample had resident, files that it mapped and Python itself "
     "included, programs that it started left out; it stays while shards keep their size.",
     "Disk: everything that all stages wrote is there at once until the run ends; inputs are not counted.",
@@ -74,11 +76,12 @@ def extrapolate(part: Measured, factor: float, documents: int, cores: int) -> di
     if part.stage in SORTED:
         growth *= max(1.0, math.log2(max(2.0, documents * factor)) / math.log2(max(2, documents)))
     seconds = part.cpu_seconds * growth
+    workers = min(cores, part.tasks if part.stage in FEW_TASKS else MOST_TASKS.get(part.stage, cores))
     return {
         "stage": part.stage,
         "sample_cpu_seconds": part.cpu_seconds,
         "core_hours": seconds / HOUR,
-        "wall_hours": seconds / HOUR / (min(part.tasks, cores) if part.stage in FEW_TASKS else cores),
+        "wall_hours": seconds / HOUR / workers,
         "disk_bytes": round(part.bytes * growth),
         "worker_bytes": part.peak_bytes,
     }

@@ -1,6 +1,6 @@
 """The stages from text to shards: read (read.py), regroup (regroup.py), sign, match, verify, cluster (dedup/), overlap,
-contamination (decontaminate/), tokenizer, score (score/), write (write.py), finish (finish.py); without a shuffle only
-tokenizer, stream (stream.py), finish.
+contamination (decontaminate/), tokenizer, score (score/), spans, repeats (dedup/), write (write.py), finish
+(finish.py); without a shuffle only tokenizer, stream (stream.py), finish.
 
 Each task is a function of the job and its shard.
 """
@@ -15,6 +15,7 @@ import numpy as np
 from data_pipeline.accounts import refuse_empty_splits
 from data_pipeline.config import Pipeline
 from data_pipeline.decontaminate.stage import contamination_settings, contamination_task, overlap_task
+from data_pipeline.dedup.lines_stage import lines_settings, repeats_task, repeats_tasks, spans_task, spans_tasks
 from data_pipeline.dedup.stage import cluster_task, match_task, near_settings, sign_task, verify_task
 from data_pipeline.encode import oracle_of
 from data_pipeline.engine import Job, Stage, TaskResult, statistics_of
@@ -174,10 +175,20 @@ STAGES = [
         score_task,
     ),
     Stage(
+        "spans",
+        "hashing lines",
+        1,
+        ("read", "regroup", "cluster", "contamination", "score"),
+        lines_settings,
+        spans_tasks,
+        spans_task,
+    ),
+    Stage("repeats", "finding repeated lines", 1, ("spans",), lines_settings, repeats_tasks, repeats_task),
+    Stage(
         "write",
         "encoding and writing",
         5,
-        ("read", "regroup", "cluster", "contamination", "score", "tokenizer"),
+        ("read", "regroup", "cluster", "contamination", "score", "repeats", "tokenizer"),
         lambda job: [job.pipeline.seed, bound_settings(job)],
         write_tasks,
         write_task,
@@ -187,7 +198,7 @@ STAGES = [
         "finish",
         "closing the accounts",
         3,
-        ("read", "regroup", "cluster", "contamination", "score", "tokenizer", "write", "stream"),
+        ("read", "regroup", "cluster", "contamination", "score", "repeats", "tokenizer", "write", "stream"),
         lambda job: job.plan.pipeline_sha256,
         lambda job: 1,
         finish_task,

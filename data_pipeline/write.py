@@ -1,7 +1,8 @@
-"""One bucket becomes one shard: duplicates dropped, order shuffled, encoded, written with its documents' origins."""
+"""One bucket becomes one shard: duplicates dropped, shuffled, repeated lines cut, encoded, written with origins."""
 
 import io
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from data_pipeline.config import EncodeSection
+from data_pipeline.dedup.lines_stage import cut
 from data_pipeline.encode import Encoder, OracleDifference, Text
 from data_pipeline.engine import Job, TaskResult, statistics_of
 from data_pipeline.native.library import kernels
@@ -239,10 +241,14 @@ def write_task(job: Job, shard: int) -> TaskResult:
     split, number = job.plan.buckets.split_of(shard)
     entries = tokenizer_of(job).vocab_size
     documents, scores, losses = select(job, shard)
+    changed: dict[str, Counter[str]] = {}
+    if job.pipeline.repeated_lines.enabled:
+        documents, scores, changed = cut(job, shard, documents, scores, losses)
     statistics: dict[str, Any] = {
         "split": split,
         "documents_in": len(documents) + sum(counts.total() for counts in losses.documents.values()),
         **losses.as_statistics(),
+        "repeated_lines": changed,
         "sources": {},
         "languages": {},
         "shard": None,

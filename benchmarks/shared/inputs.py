@@ -120,6 +120,8 @@ kind = "language"
 sources = ["pages", "lines"]
 [near_duplicates]
 enabled = true
+[repeated_lines]
+enabled = true
 [[score]]
 name = "form"
 scorer = "heuristic"

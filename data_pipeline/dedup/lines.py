@@ -6,18 +6,18 @@ stays, the lines of all others are removed. CCNet does the same with single line
 common short lines live.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from data_pipeline.dedup.external import MEMORY_ROWS, Rows, RowSorter, group_starts, rows_of
+from data_pipeline.dedup.external import Rows, RowSorter, group_starts
 
-LINE_BITS = 24  # a position is a document's number and, in so many bits, a span's number in it
+LINE_BITS = 20  # a position is a document's number and, in so many bits, a span's number in it
 MOST_SPANS = 1 << LINE_BITS
+Positions = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def _normal_lines(text: str) -> tuple[list[bytes], list[int]]:
 
 
 def span_rows(number: int, text: bytes, settings: SpanSettings) -> Rows:
-    """(hash, position) of the spans of document `number`. Those beyond its first 2^24 are not looked at."""
+    """(hash, position) of the spans of document `number`. Those beyond its first 2^20 are not looked at."""
     lines, _ = _normal_lines(text.decode())
     rows = []
     for start in range(min(len(lines) - settings.length + 1, MOST_SPANS)):
@@ -46,26 +46,15 @@ def span_rows(number: int, text: bytes, settings: SpanSettings) -> Rows:
     return np.array(rows, dtype=np.uint64).reshape(-1, 2)
 
 
-def repeated_spans(
-    documents: Iterable[tuple[int, bytes]], settings: SpanSettings, folder: Path, memory_rows: int = MEMORY_ROWS
-) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-    """For each document with repeats, by number: the spans in it, ascending, that some earlier place has too.
+def repeated_positions(by_hash: RowSorter) -> Iterator[Positions]:
+    """The positions of spans that an earlier position has too, in any order.
 
-    documents: (number, UTF-8 text), in ascending order. `folder` is for scratch files, which go.
+    by_hash: has taken the rows of `span_rows` in the order of the documents.
     """
-    by_hash = RowSorter(folder / "spans", memory_rows)
-    for number, text in documents:
-        by_hash.add(span_rows(number, text, settings))
-    by_place = RowSorter(folder / "repeats", memory_rows)
     for block in by_hash.blocks():
         later = np.ones(len(block), dtype=bool)
         later[group_starts(block[:, 0])[:-1]] = False
-        places = block[later, 1]
-        by_place.add(rows_of(places >> np.uint64(LINE_BITS), places & np.uint64(MOST_SPANS - 1)))
-    for block in by_place.blocks():
-        starts = group_starts(block[:, 0])
-        for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-            yield int(block[start, 0]), np.sort(block[start:stop, 1]).astype(np.int64)
+        yield block[later, 1]
 
 
 def without_spans(text: bytes, spans: npt.NDArray[np.int64], settings: SpanSettings) -> tuple[bytes, int]:

@@ -240,7 +240,7 @@ def inspect_command(
     if len(sets) > 1:
         raise UserError(f"{folder}: holds {len(sets)} shard sets; name one, as {sets[0]}")
     report = document_report(sets[0], doc)
-    report |= _history(sets[0].parent, report["origin"])
+    report |= _history(sets[0].parent, report["origin"], report["text"])
     if as_json:
         _print_json(report)
         return
@@ -258,14 +258,15 @@ def inspect_command(
     print(f"\n{report['text']}\n\n{' '.join(map(str, report['tokens']))}")
 
 
-def _history(folder: Path, origin: dict[str, Any] | None) -> dict[str, Any]:
+def _history(folder: Path, origin: dict[str, Any] | None, text: str) -> dict[str, Any]:
     """A document's steps through the pipeline, or why they cannot be told: its inputs may be gone."""
     if origin is None:
         return {"history": None, "history_missing": "the shard does not say where its documents are from"}
     from data_pipeline.history import history
 
     try:
-        return {"history": history(folder, DocumentOrigin(**origin)), "history_missing": None}
+        written = text.encode()[: origin["bytes_text"]].decode(errors="replace")  # without the end-of-document token
+        return {"history": history(folder, DocumentOrigin(**origin), written), "history_missing": None}
     except UserError as error:
         return {"history": None, "history_missing": str(error)}
 

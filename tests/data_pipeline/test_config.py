@@ -106,7 +106,7 @@ def test_the_fingerprint_is_of_what_determines_the_bytes() -> None:
     assert len(found) == len(other)
 
 
-SECTIONS = ("tokenizer", "encode", "near_duplicates", "decontaminate", "output")
+SECTIONS = ("tokenizer", "encode", "near_duplicates", "decontaminate", "repeated_lines", "output")
 
 
 def test_every_key_has_a_description_and_every_reader_its_keys() -> None:

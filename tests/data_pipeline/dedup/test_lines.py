@@ -2,21 +2,35 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.dedup.lines import SpanSettings, repeated_spans, without_spans
+from data_pipeline.dedup.external import RowSorter
+from data_pipeline.dedup.lines import (
+    LINE_BITS,
+    MOST_SPANS,
+    SpanSettings,
+    repeated_positions,
+    span_rows,
+    without_spans,
+)
 
 FOOTER = "Subscribe to our newsletter today\nAll rights reserved by the\n\n  publisher of  THIS page"
 SPANS = SpanSettings(length=3, min_bytes=20)
 
 
 def cleaned(texts: list[str], folder: Path, spans: SpanSettings = SPANS, memory_rows: int = 1000) -> list[str]:
-    documents = [(number, text.encode()) for number, text in enumerate(texts)]
-    found = dict(repeated_spans(documents, spans, folder / "scratch", memory_rows))
+    by_hash = RowSorter(folder / "spans", memory_rows)
+    for number, text in enumerate(texts):
+        by_hash.add(span_rows(number, text.encode(), spans))
+    found: dict[int, list[int]] = {}
+    for positions in repeated_positions(by_hash):
+        for position in positions.tolist():
+            found.setdefault(position >> LINE_BITS, []).append(position % MOST_SPANS)
     return [
-        without_spans(text.encode(), found[number], spans)[0].decode() if number in found else text
+        without_spans(text.encode(), np.array(found[number]), spans)[0].decode() if number in found else text
         for number, text in enumerate(texts)
     ]
 
