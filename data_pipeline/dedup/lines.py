@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from data_pipeline.dedup.external import Rows, RowSorter, group_starts
+from data_pipeline.native.library import kernels
 
 LINE_BITS = 20  # a position is a document's number and, in so many bits, a span's number in it
 MOST_SPANS = 1 << LINE_BITS
 Positions = npt.NDArray[np.uint64]
+Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -28,22 +29,22 @@ class SpanSettings:
     min_bytes: int = 100
 
 
-def _normal_lines(text: str) -> tuple[list[bytes], list[int]]:
-    """The lines that are not blank, in normal form, and their numbers."""
-    found = [(" ".join(line.split()).casefold(), number) for number, line in enumerate(text.split("\n"))]
-    kept = [(line.encode(), number) for line, number in found if line]
-    return [line for line, _ in kept], [number for _, number in kept]
+def _lines(text: str) -> tuple[Positions, Numbers, Numbers]:
+    """Of the lines that are not blank: hashes of their normal form, its bytes, their numbers [lines] each."""
+    content = text.casefold().encode()
+    most = content.count(b"\n") + 1
+    hashes, sizes, numbers = np.empty(most, np.uint64), np.empty(most, np.int64), np.empty(most, np.int64)
+    found = kernels().joy_line_hashes(content, len(content), hashes.ctypes.data, sizes.ctypes.data, numbers.ctypes.data)
+    return hashes[:found], sizes[:found], numbers[:found]
 
 
 def span_rows(number: int, text: bytes, settings: SpanSettings) -> Rows:
     """(hash, position) of the spans of document `number`. Those beyond its first 2^20 are not looked at."""
-    lines, _ = _normal_lines(text.decode())
-    rows = []
-    for start in range(min(len(lines) - settings.length + 1, MOST_SPANS)):
-        span = b"\n".join(lines[start : start + settings.length])
-        if len(span) >= settings.min_bytes:
-            rows.append((xxhash.xxh3_64_intdigest(span), number << LINE_BITS | start))
-    return np.array(rows, dtype=np.uint64).reshape(-1, 2)
+    hashes, sizes, _ = _lines(text.decode())
+    lines = min(len(hashes), MOST_SPANS + settings.length - 1)
+    rows = np.empty((max(0, lines - settings.length + 1), 2), dtype=np.uint64)
+    arguments = (lines, settings.length, settings.min_bytes, number << LINE_BITS, rows.ctypes.data)
+    return rows[: kernels().joy_spans(hashes.ctypes.data, sizes.ctypes.data, *arguments)]
 
 
 def repeated_positions(by_hash: RowSorter) -> Iterator[Positions]:
@@ -60,7 +61,7 @@ def repeated_positions(by_hash: RowSorter) -> Iterator[Positions]:
 def without_spans(text: bytes, spans: npt.NDArray[np.int64], settings: SpanSettings) -> tuple[bytes, int]:
     """The text without the lines of these spans, and how many lines that were."""
     decoded = text.decode()
-    _, numbers = _normal_lines(decoded)
+    _, _, numbers = _lines(decoded)
     gone = {numbers[start + step] for start in spans.tolist() for step in range(settings.length)}
     kept = [line for number, line in enumerate(decoded.split("\n")) if number not in gone]
     return "\n".join(kept).encode(), len(gone)

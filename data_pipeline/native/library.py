@@ -21,6 +21,8 @@ FUNCTIONS = {
     "joy_sign": (None, (BYTES, I64, SIZE, *FOLDING, U32, U32, NUMBER, NUMBER, U32, U64, I64, U64)),
     "joy_shingles": (SIZE, (BYTES, SIZE, *FOLDING, NUMBER, U64)),
     "joy_shared": (None, (U64, I64, I64, I64, SIZE, I64)),
+    "joy_line_hashes": (SIZE, (TEXT, SIZE, ARRAY, ARRAY, ARRAY)),
+    "joy_spans": (SIZE, (ARRAY, ARRAY, SIZE, SIZE, SIZE, KEY, ARRAY)),
     "joy_sort_rows": (None, (U64, U64, SIZE)),
     "joy_union": (None, (I64, I64, I64, SIZE)),
     "joy_flatten": (None, (I64, SIZE)),

@@ -74,9 +74,25 @@ def test_short_spans_and_shorter_runs_stay(tmp_path: Path) -> None:
     assert cleaned(texts, tmp_path) == texts
 
 
-@settings(max_examples=60, deadline=None)
+LINES = (
+    "a",
+    "B b",
+    "b  B",
+    "b\tb ",
+    "\u3000b\u00a0b\x1f",
+    "",
+    " ",
+    "\u2028\x85",
+    "c\u0130",
+    "ci\u0307",
+    "dd",
+    "\u00e9\u1e9e",
+)
+
+
+@settings(max_examples=200, deadline=None)
 @given(
-    st.lists(st.lists(st.sampled_from(["a", "B b", "b  B", "", " ", "c\u0130", "dd"]), max_size=9), max_size=6),
+    st.lists(st.lists(st.sampled_from(LINES), max_size=9), max_size=6),
     st.sampled_from([1, 5, 1000]),
 )
 def test_any_documents_equal_the_plain_way(
@@ -86,3 +102,14 @@ def test_any_documents_equal_the_plain_way(
     spans = SpanSettings(length=2, min_bytes=3)
     found = cleaned(texts, tmp_path_factory.mktemp("lines"), spans, memory_rows)
     assert found == plain(texts, spans)
+
+
+def test_words_end_where_python_says() -> None:
+    """Each code point between two letters: a blank makes the same line as a space, anything else another one."""
+    spans = SpanSettings(length=1, min_bytes=0)
+    (space,) = span_rows(0, b"a b", spans)[:, 0]
+    points = [chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000 and point != 10]
+    hashes = span_rows(0, "\n".join(f"a{point}b" for point in points[:MOST_SPANS]).encode(), spans)[:, 0]
+    assert [point for point, value in zip(points, hashes, strict=False) if value == space] == [
+        point for point in points if point.isspace()
+    ]
