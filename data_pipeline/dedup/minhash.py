@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from data_pipeline.dedup.words import Folding, folding
+from data_pipeline.dedup.words import WORDS_A_BYTE, Folding, folding
 from data_pipeline.native.library import kernels
 
 Signatures = npt.NDArray[np.uint32]
@@ -70,8 +70,8 @@ class MinHash:
         """
         joined, starts = _joined(texts)
         found = np.empty((len(texts), self.permutations), dtype=np.uint32)
-        sets = np.empty(int(starts[-1]) + len(texts) + 1, dtype=np.uint64)
-        scratch = np.empty(int(np.diff(starts).max(initial=0)) + 1, dtype=np.uint64)
+        sets = np.empty(WORDS_A_BYTE * int(starts[-1]) + len(texts) + 1, dtype=np.uint64)
+        scratch = np.empty(WORDS_A_BYTE * int(np.diff(starts).max(initial=0)) + 1, dtype=np.uint64)
         ends = np.zeros(len(texts), dtype=np.int64)
         a, b = self._coefficients
         arguments = (*self._table(), a, b, self.permutations, self.gram, found, sets, ends, scratch)
@@ -80,7 +80,7 @@ class MinHash:
 
     def all_shingles(self, text: bytes) -> Hashes:
         """The hashes of a UTF-8 text's shingles, uint64, in their order, repeated ones too."""
-        out = np.empty(len(text) + 1, dtype=np.uint64)
+        out = np.empty(WORDS_A_BYTE * len(text) + 1, dtype=np.uint64)
         content = np.frombuffer(text + b" ", dtype=np.uint8)
         count = kernels().joy_shingles(content, len(text), *self._table(), self.gram, out)
         return out[:count]

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 SEPARATOR, WORD, ALONE, IGNORED, SEQUENCE = range(5)
 KIND_SHIFT = 28
+WORDS_A_BYTE = 2  # of UTF-8, at most: U+3316 is three bytes and folds to six words; as in native/folding.h
 POINTS = 0x30000  # planes 0 to 2; of those above, the kernel knows that 3 has rare Han and 14 what is ignored
 SURROGATES = range(0xD800, 0xE000)
 # First and last code point of scripts that write without spaces, by Unicode block.

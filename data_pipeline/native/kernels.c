@@ -8,113 +8,36 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "utf8.h"
+#include "folding.h"
 #include "widest.h"
 
-enum { SEPARATOR = 0, WORD = 1, ALONE = 2, IGNORED = 3, SEQUENCE = 4 };
 enum { MAX_GRAM = 64 };
 
-#define FNV_OFFSET 0xCBF29CE484222325ull
-#define FNV_PRIME 0x100000001B3ull
-#define ROLL 0x9E3779B97F4A7C15ull /* odd, its bits look random: 2^64 divided by the golden ratio */
-
-/* The finaliser of MurmurHash3: each bit of the result depends on each bit of x. */
-static inline uint64_t mix(uint64_t x) {
-    x ^= x >> 33;
-    x *= 0xFF51AFD7ED558CCDull;
-    x ^= x >> 33;
-    x *= 0xC4CEB9FE1A85EC53ull;
-    x ^= x >> 33;
-    return x;
-}
-
-/* Words on their way to shingles. A shingle's hash is mix(sum of word[i] * ROLL^(gram - 1 - i)). */
-typedef struct {
-    uint64_t ring[MAX_GRAM];
-    uint64_t sum, top; /* top = ROLL^gram, what a word's factor is when it leaves */
-    uint64_t word;     /* the hash of the present word */
-    int64_t words;
-    int gram, slot, open;
-    uint64_t *out;
-    int64_t count;
-} Shingler;
-
-static void shingler_start(Shingler *s, int gram, uint64_t *out) {
-    memset(s, 0, sizeof *s);
-    s->gram = gram;
-    s->out = out;
-    s->top = 1;
-    for (int i = 0; i < gram; i++) s->top *= ROLL;
-    s->word = FNV_OFFSET;
-}
-
-static inline void end_word(Shingler *s) {
-    if (!s->open) return;
-    uint64_t word = mix(s->word);
-    s->sum = s->sum * ROLL + word - s->ring[s->slot] * s->top;
-    s->ring[s->slot] = word;
-    if (++s->slot == s->gram) s->slot = 0;
-    s->words++;
-    s->word = FNV_OFFSET;
-    s->open = 0;
-    if (s->words >= s->gram) s->out[s->count++] = mix(s->sum);
-}
-
-static inline void add_symbol(Shingler *s, uint32_t entry) {
-    uint32_t kind = entry >> 28, point = entry & 0xFFFFFFFu;
-    if (kind == IGNORED) return;
-    if (kind != WORD) end_word(s);
-    if (kind == SEPARATOR) return;
-    s->word = (s->word ^ point) * FNV_PRIME;
-    s->open = 1;
-    if (kind == ALONE) end_word(s);
-}
-
-static inline void add_point(Shingler *s, uint32_t point, const uint32_t *table, uint32_t points, const uint32_t *pool) {
-    if (point >= points) {
-        /* Planes above the table: 3 holds rare ideographs, 14 tags and variation selectors, the rest no text. */
-        uint32_t above = point < 0x40000 ? ALONE : point - 0xE0000u < 0x1000u ? IGNORED : SEPARATOR;
-        add_symbol(s, above << 28 | point);
-        return;
+/* Words become shingles of `gram` words, in their place; returns how many. A shingle's hash is mix(sum of word[i] *
+ * ROLL^(gram - 1 - i)). A text of fewer words than a shingle has is one shingle of all its words. */
+static int64_t roll(uint64_t *words, int64_t count, int gram) {
+    uint64_t ring[MAX_GRAM] = {0}, sum = 0, top = 1; /* top = ROLL^gram, what a word's factor is when it leaves */
+    int64_t out = 0;
+    for (int i = 0; i < gram; i++) top *= ROLL;
+    for (int64_t i = 0, slot = 0; i < count; i++) {
+        uint64_t word = words[i];
+        sum = sum * ROLL + word - ring[slot] * top;
+        ring[slot] = word;
+        if (++slot == gram) slot = 0;
+        if (i + 1 >= gram) words[out++] = mix(sum);
     }
-    uint32_t entry = table[point];
-    if (entry >> 28 != SEQUENCE) {
-        add_symbol(s, entry);
-        return;
-    }
-    const uint32_t *part = pool + (entry & 0xFFFFFFFu);
-    for (uint32_t left = *part++; left; left--) add_symbol(s, *part++);
+    if (count && count < gram) words[out++] = mix(sum);
+    return out;
 }
 
-/* Words of text until its end or until at least `room` shingles are out; returns where it stopped. */
-static const uint8_t *shingle_some(Shingler *s, const uint8_t *at, const uint8_t *end, int64_t room,
-                                   const uint32_t *table, uint32_t points, const uint32_t *pool) {
-    while (at < end && s->count < room) {
-        if (*at >= 0x80) {
-            add_point(s, decode(&at), table, points, pool);
-            continue;
-        }
-        uint32_t entry = table[*at];
-        if (entry >> 28 != WORD) {
-            at++;
-            add_symbol(s, entry);
-            continue;
-        }
-        uint64_t word = s->word; /* the common case in a loop of its own: letters and digits of ASCII */
-        do {
-            word = (word ^ (entry & 0xFFFFFFFu)) * FNV_PRIME;
-            at++;
-        } while (at < end && *at < 0x80 && (entry = table[*at]) >> 28 == WORD);
-        s->word = word;
-        s->open = 1;
-    }
-    return at;
-}
-
-/* A text of fewer words than a shingle has is one shingle of all its words; one without words has none. */
-static void shingler_end(Shingler *s) {
-    end_word(s);
-    if (s->words && s->words < s->gram) s->out[s->count++] = mix(s->sum);
+/* The shingles of a text, in order; returns how many. */
+static int64_t shingles(const uint8_t *text, const uint8_t *end, const uint32_t *table, uint32_t points,
+                        const uint32_t *pool, int gram, uint64_t *out) {
+    Words words;
+    words_start(&words, out);
+    words_some(&words, text, end, INT64_MAX, table, points, pool);
+    words_end(&words);
+    return roll(out, words.count, gram);
 }
 
 /* Signature [permutations] of shingles [count]: the least a[k] * high half + b[k], modulo 2^32, for each k. */
@@ -165,7 +88,7 @@ static int64_t distinct(uint64_t *values, int64_t count) {
 
 /* Signatures [texts, permutations] of texts that lie one after another in `text`, text i at starts[i] .. starts[i + 1],
  * and the sets that they are of: the hashes of each text's shingles, ascending, the set of text i before ends[i].
- * sets holds as many as text has bytes and one more for each text, scratch as many as the longest text needs.
+ * sets holds WORDS_A_BYTE for each byte of text and one more for each text, scratch as many as the longest text needs.
  */
 void joy_sign(const uint8_t *text, const int64_t *starts, int64_t texts, const uint32_t *table, uint32_t points,
               const uint32_t *pool, const uint32_t *a, const uint32_t *b, int permutations, int gram,
@@ -173,12 +96,9 @@ void joy_sign(const uint8_t *text, const int64_t *starts, int64_t texts, const u
     int64_t end = 0;
     for (int64_t i = 0; i < texts; i++) {
         uint64_t *set = sets + end;
-        Shingler s;
-        shingler_start(&s, gram, set);
-        shingle_some(&s, text + starts[i], text + starts[i + 1], INT64_MAX, table, points, pool);
-        shingler_end(&s);
-        sort_hashes(set, scratch, s.count, 56);
-        int64_t count = distinct(set, s.count);
+        int64_t count = shingles(text + starts[i], text + starts[i + 1], table, points, pool, gram, set);
+        sort_hashes(set, scratch, count, 56);
+        count = distinct(set, count);
         uint32_t *minima = signatures + i * permutations;
         memset(minima, 0xFF, sizeof *minima * (size_t)permutations);
         lower(minima, set, count, a, b, permutations);
@@ -186,14 +106,10 @@ void joy_sign(const uint8_t *text, const int64_t *starts, int64_t texts, const u
     }
 }
 
-/* All shingles of one text, in order, repeated ones too; out holds at least bytes + 1. Returns how many. */
+/* All shingles of one text, in order, repeated ones too; out holds WORDS_A_BYTE * bytes + 1. Returns how many. */
 int64_t joy_shingles(const uint8_t *text, int64_t bytes, const uint32_t *table, uint32_t points, const uint32_t *pool,
                      int gram, uint64_t *out) {
-    Shingler s;
-    shingler_start(&s, gram, out);
-    shingle_some(&s, text, text + bytes, INT64_MAX, table, points, pool);
-    shingler_end(&s);
-    return s.count;
+    return shingles(text, text + bytes, table, points, pool, gram, out);
 }
 
 /* How many values two ascending arrays without repetitions share, for each pair of rows of one store. */

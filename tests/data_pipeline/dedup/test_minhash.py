@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.dedup.minhash import EMPTY, MinHash, agreement, jaccard_of_rows
+from data_pipeline.dedup.words import ALONE, IGNORED, KIND_SHIFT, POINTS, SEQUENCE, WORD, WORDS_A_BYTE, folding
 from tests.data_pipeline.dedup import slow_minhash
 
 TEXTS = [
@@ -72,6 +73,27 @@ def test_every_code_point_is_of_the_kind_that_it_is_said_to_be() -> None:
     for start in range(0, len(points), 200):
         text = " ".join(f"a{chr(point)}b{point}" for point in points[start : start + 200])
         assert method.shingles(text.encode()).tolist() == sorted(set(slow_minhash.shingles(text, 1))), start
+
+
+def test_no_code_point_folds_to_more_words_than_kernels_have_room_for() -> None:
+    pool = folding().pool.tolist()
+    for point, entry in enumerate(folding().table.tolist()):
+        if entry >> KIND_SHIFT != SEQUENCE:
+            continue
+        place = entry & (1 << KIND_SHIFT) - 1
+        parts = [part >> KIND_SHIFT for part in pool[place + 1 : place + 1 + pool[place]]]
+        kinds = [kind for kind in parts if kind != IGNORED]
+        begun = sum(kind == WORD and before != WORD for before, kind in zip([None, *kinds], kinds, strict=False))
+        assert kinds.count(ALONE) + begun <= WORDS_A_BYTE * len(chr(point).encode()), hex(point)
+        assert len(parts) <= 18, hex(point)  # MOST_PARTS of native/folding.h
+    assert len(folding().table) == POINTS
+
+
+def test_a_text_of_characters_that_are_many_words_is_signed() -> None:
+    method = MinHash(gram=3, permutations=8)
+    text = "㌖" * 5000  # 15,000 bytes, 30,000 words
+    assert method.all_shingles(text.encode()).tolist() == slow_minhash.shingles(text, 3)
+    assert np.array_equal(method.sign([text.encode()] * 3)[0], slow([text] * 3, method))
 
 
 def test_case_width_and_composition_make_no_difference() -> None:
