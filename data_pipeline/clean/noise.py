@@ -7,51 +7,70 @@ are labelled.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from functools import cache
+from itertools import compress
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 
-from data_pipeline.score.linear import MODEL, WEIGHTS, LinearScorer, load_linear
+from data_pipeline.dedup.words import WORDS_A_BYTE, folding
+from data_pipeline.native.library import kernels
+from data_pipeline.score.base import Scores
+from data_pipeline.score.linear import MODEL, WEIGHTS, LinearScorer, Places, load_linear
 from data_pipeline.transform.base import Block, Draft, TransformSection
 
 Share = Annotated[float, Field(ge=0, le=1)]
-LONGEST = 400  # characters of a line that are looked at
-LENGTHS = (0, 5, 12, 25, 40, 60, 90, 140, 220)
-ENDS = {
-    ".": "stop",
-    "!": "call",
-    "?": "ask",
-    ":": "colon",
-    ",": "comma",
-    "…": "dots",
-    "。": "stop",
-    "！": "call",
-    "？": "ask",
-}
+POINTS = 0x110000
+# What a character is to the kernel, as in native/linear.c: bits, and above them what a line has at its end.
+BLANK, CAPITAL, DIGIT, MARK = (1 << bit for bit in range(4))
+END_SHIFT = 4
+STOP, CALL, ASK, COLON, COMMA, DOTS = range(1, 7)
+ENDS = {".": STOP, "。": STOP, "!": CALL, "！": CALL, "?": ASK, "？": ASK, ":": COLON, ",": COMMA, "…": DOTS}
+MARKS = "|›»•·/©>"
+SHAPE = 8  # words for a line's shape, in front of its own
 
 
-def _length(line: str | None) -> int:
-    return -1 if line is None else sum(len(line) > bound for bound in LENGTHS)
+@cache
+def _classes() -> npt.NDArray[np.uint8]:
+    """uint8 [POINTS]; a sixth of a second, once for each process."""
+    every = np.arange(POINTS, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
+    table = np.zeros(POINTS, dtype=np.uint8)
+    for bit, holds in ((BLANK, str.isspace), (CAPITAL, str.isupper), (DIGIT, str.isdigit)):
+        table |= np.fromiter(map(holds, every), np.bool_, POINTS) * np.uint8(bit)
+    table[list(map(ord, MARKS))] |= np.uint8(MARK)
+    for character, end in ENDS.items():
+        table[ord(character)] |= np.uint8(end << END_SHIFT)
+    return table
 
 
-def line_views(lines: Sequence[str]) -> list[str]:
-    """What the model sees of each line (none blank): words for shape, place and neighbours, then the line's own."""
-    found = []
-    for number, line in enumerate(lines):
-        before = lines[number - 1] if number else None
-        after = lines[number + 1] if number + 1 < len(lines) else None
-        words = line.split()
-        capitals = sum(word[:1].isupper() for word in words)
-        shape = (
-            f"zlength{_length(line)} zbefore{_length(before) + 1} zafter{_length(after) + 1}",
-            f"zplace{10 * number // len(lines)} zend{ENDS.get(line[-1], 'none')}",
-            f"zcapital{4 * capitals // max(1, len(words))} zmarks{min(5, sum(mark in '|›»•·/©>' for mark in line))}",
-            f"zdigits{4 * sum(map(str.isdigit, line)) // len(line)}",
-        )
-        found.append(" ".join((*shape, line[:LONGEST])))
-    return found
+@cache
+def _tables() -> tuple[int, int, int, int]:
+    return *folding().addresses, _classes().ctypes.data
+
+
+def line_features(text: str, bits: int) -> list[Places]:
+    """What the model sees of each line that is not blank, for training: places, ascending, each once."""
+    content, lines = text.encode(), text.count("\n") + 1
+    ends = np.empty(lines, dtype=np.int64)
+    places = np.empty(2 * (WORDS_A_BYTE * len(content) + (SHAPE + 1) * lines), dtype=np.uint32)
+    where = (*_tables(), bits, places.ctypes.data, ends.ctypes.data)
+    solid = kernels().joy_line_places(content, len(content), *where)
+    if solid < 0:
+        raise MemoryError
+    return [np.sort(part) for part in np.split(places, ends[:solid])[:-1]]
+
+
+def line_chances(scorer: LinearScorer, text: str) -> tuple[Scores, int]:
+    """Each line's chance to be text, float32 [lines], NaN for blank ones; and how many are not blank."""
+    content, sums = text.encode(), np.empty(text.count("\n") + 1, dtype=np.float64)
+    where = (*_tables(), scorer.bits, scorer.address, len(sums), sums.ctypes.data)
+    solid = kernels().joy_line_sums(content, len(content), *where)
+    if solid < 0:
+        raise MemoryError
+    return scorer.chances(sums), solid
 
 
 class NoiseSection(TransformSection):
@@ -77,15 +96,16 @@ class _Noise(Block):
         self._section, self._scorer = section, scorer
 
     def apply(self, draft: Draft, counts: Counter[str]) -> str | None:
+        chances, solid = line_chances(self._scorer, draft.text)
+        noise = chances < np.float64(self._section.threshold)  # a plain float would be rounded to 32 bits first
+        found = int(np.count_nonzero(noise))
+        counts["lines"] += solid
+        counts["noise_lines"] += found
+        if not found:
+            return None
         lines = draft.text.split("\n")
-        solid = [line.strip() for line in lines if line.strip()]
-        chances = iter(self._scorer.score(line_views(solid))[:, 0].tolist())
-        gone = [bool(line.strip()) and next(chances) < self._section.threshold for line in lines]
-        counts["lines"] += len(solid)
-        counts["noise_lines"] += sum(gone)
-        removed = sum(len(line) for line, noise in zip(lines, gone, strict=True) if noise)
+        removed = sum(map(len, compress(lines, noise.tolist())))
         if removed > self._section.most * sum(map(len, lines)):
             return "mostly_noise"
-        if removed:
-            draft.text = "\n".join(line for line, noise in zip(lines, gone, strict=True) if not noise).strip("\n")
+        draft.text = "\n".join(compress(lines, (~noise).tolist())).strip("\n")
         return None

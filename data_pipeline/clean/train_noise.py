@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import orjson
 
-from data_pipeline.clean.noise import line_views
-from data_pipeline.score.linear import LinearScorer, save_linear, train_linear
-from data_pipeline.score.train import HELD_OUT, accuracy
+from data_pipeline.clean.noise import line_chances, line_features
+from data_pipeline.score.linear import LinearScorer, Places, save_linear, train_on_features
+from data_pipeline.score.train import HELD_OUT, area_under_curve
 from megatron_joy.errors import UserError, exit_code
 
 BITS = 16
-Views = tuple[list[str], list[str]]  # of lines to keep, of noise
+Document = tuple[list[str], list[bool]]  # its lines, none blank or with a line feed, and whether each is kept
 
 
-def read_documents(path: Path) -> list[tuple[list[str], list[bool]]]:
-    """(lines, whether each is kept) of each document. Raises UserError for a line that is no such document."""
+def read_documents(path: Path) -> list[Document]:
+    """The documents of a file. Raises UserError for a line that is no such document."""
     found = []
     try:
         content = path.read_bytes()
@@ -32,35 +32,43 @@ def read_documents(path: Path) -> list[tuple[list[str], list[bool]]]:
     for number, line in enumerate(content.splitlines(), 1):
         try:
             row: Any = orjson.loads(line)
-            lines, keep = [str(text) for text in row["lines"]], [bool(one) for one in row["keep"]]
+            lines, keep = [str(text).strip() for text in row["lines"]], [bool(one) for one in row["keep"]]
         except (orjson.JSONDecodeError, KeyError, TypeError):
             raise UserError(f'{path}: line {number} has no "lines" and "keep"; give both, as lists') from None
-        if len(lines) != len(keep) or not all(text.strip() for text in lines):
+        if len(lines) != len(keep) or not all(text and "\n" not in text for text in lines):
             raise UserError(
                 f"{path}: line {number} has {len(lines)} lines and {len(keep)} labels, expected one for each, none "
-                "of them blank; mend it"
+                "of them blank or with a line feed inside; mend it"
             )
         found.append((lines, keep))
     return found
 
 
-def views_of(documents: Sequence[tuple[list[str], list[bool]]]) -> Views:
-    """What the model sees of the lines to keep and of the noise."""
-    kinds: Views = ([], [])
+def train(documents: Sequence[Document], epochs: int = 5) -> LinearScorer:
+    """A model of what is kept. Raises UserError when there is nothing to keep or no noise."""
+    kinds: tuple[list[Places], list[Places]] = ([], [])
     for lines, keep in documents:
-        for view, kept in zip(line_views([line.strip() for line in lines]), keep, strict=True):
-            kinds[0 if kept else 1].append(view)
-    return kinds
+        for places, kept in zip(line_features("\n".join(lines), BITS), keep, strict=True):
+            kinds[0 if kept else 1].append(places)
+    return train_on_features("text_line", *kinds, epochs, bits=BITS)
 
 
-def evaluate(scorer: LinearScorer, views: Views, threshold: float) -> dict[str, float]:
+def evaluate(scorer: LinearScorer, documents: Sequence[Document], threshold: float) -> dict[str, float]:
     """Area under the ROC curve, and at a threshold the shares of text lines kept and of noise lines removed."""
-    text, noise = (scorer.score(kind)[:, 0] for kind in views)
+    chances = np.concatenate([line_chances(scorer, "\n".join(lines))[0] for lines, _ in documents if lines])
+    kept = np.array([one for _, keep in documents for one in keep], dtype=np.bool_)
+    text, noise = chances[kept], chances[~kept]
     return {
-        "area_under_curve": accuracy(scorer, *views),
+        "area_under_curve": area_under_curve(text, noise),
         "text_kept": float(np.mean(text >= threshold)),
         "noise_removed": float(np.mean(noise < threshold)),
     }
+
+
+def count_kinds(documents: Sequence[Document]) -> list[int]:
+    """How many lines are to keep, and how many are noise."""
+    kept = sum(sum(keep) for _, keep in documents)
+    return [kept, sum(len(keep) for _, keep in documents) - kept]
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -72,12 +80,12 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--epochs", type=int, default=5)
     options = parser.parse_args(arguments)
     documents = read_documents(options.documents)
-    held = views_of(documents[::HELD_OUT])
-    kept = views_of([document for number, document in enumerate(documents) if number % HELD_OUT])
-    scorer = train_linear("text_line", kept[0], kept[1], options.epochs, bits=BITS)
+    held = documents[::HELD_OUT]
+    used = [document for number, document in enumerate(documents) if number % HELD_OUT]
+    scorer = train(used, options.epochs)
     save_linear(scorer, options.out)
-    result: dict[str, Any] = {"trained_on": list(map(len, kept)), "held_out": list(map(len, held))}
-    if all(held):
+    result: dict[str, Any] = {"trained_on": count_kinds(used), "held_out": count_kinds(held)}
+    if all(result["held_out"]):
         result |= evaluate(scorer, held, options.threshold)
     print(orjson.dumps(result).decode())
     return 0

@@ -14,7 +14,7 @@ Chinese.
 import hashlib
 import unicodedata
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +68,11 @@ class Folding:
     table: npt.NDArray[np.uint32]
     pool: npt.NDArray[np.uint32]
     fingerprint: str
+
+    @cached_property
+    def addresses(self) -> tuple[int, int, int]:
+        """For kernels that check no arrays: where the table lies, its length, where the pool lies."""
+        return self.table.ctypes.data, len(self.table), self.pool.ctypes.data
 
 
 def _entry(character: str) -> int:

@@ -14,9 +14,10 @@ U64, I64 = ndpointer(np.uint64), ndpointer(np.int64)
 SIZE, POINTS, NUMBER = ctypes.c_int64, ctypes.c_uint32, ctypes.c_int
 # What a kernel gets a document at a time is not checked at each call: ndpointer takes 2 microseconds for an array.
 TEXT, ARRAY, SCORE = ctypes.c_char_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_float)
-COUNTS, KEY = ctypes.POINTER(ctypes.c_int64), ctypes.c_uint64
+COUNTS, KEY, SUM = ctypes.POINTER(ctypes.c_int64), ctypes.c_uint64, ctypes.POINTER(ctypes.c_double)
 GRAMS = (ARRAY, ARRAY, ARRAY, SIZE, NUMBER, KEY)  # numbers, ends, recurring, words, n, key
 FOLDING = (U32, POINTS, U32)  # table, its length, pool
+WHERE = (ARRAY, POINTS, ARRAY)  # the same, unchecked
 FUNCTIONS = {
     "joy_sign": (None, (BYTES, I64, SIZE, *FOLDING, U32, U32, NUMBER, NUMBER, U32, U64, I64, U64)),
     "joy_shingles": (SIZE, (BYTES, SIZE, *FOLDING, NUMBER, U64)),
@@ -26,6 +27,10 @@ FUNCTIONS = {
     "joy_sort_rows": (None, (U64, U64, SIZE)),
     "joy_union": (None, (I64, I64, I64, SIZE)),
     "joy_flatten": (None, (I64, SIZE)),
+    "joy_places": (SIZE, (TEXT, SIZE, *WHERE, NUMBER, ARRAY)),
+    "joy_linear": (SIZE, (TEXT, SIZE, *WHERE, NUMBER, ARRAY, SUM)),
+    "joy_line_sums": (SIZE, (TEXT, SIZE, *WHERE, ARRAY, NUMBER, ARRAY, SIZE, ARRAY)),
+    "joy_line_places": (SIZE, (TEXT, SIZE, *WHERE, ARRAY, NUMBER, ARRAY, ARRAY)),
     "joy_c4_lines": (SIZE, (TEXT, SIZE, NUMBER, SIZE, ARRAY, ARRAY)),
     "joy_count": (SIZE, (U32, SIZE, I64, SIZE)),
     "joy_capitals": (NUMBER, (TEXT, SIZE)),

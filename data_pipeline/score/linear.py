@@ -1,10 +1,12 @@
 """A linear model on hashed n-grams: logistic regression as fastText's classifiers use it, trained here in seconds.
 
 Features of a text are the hashes of its words and pairs of words (dedup/words.py: any script, any case) modulo the size
-of the weight table; each counts 1 however often it occurs, divided by the square root of their number. Training is
-AdaGrad over shuffled documents, one at a time, seeded. A model is a folder: `model.json`, `weights.npy`, no pickle.
+of the weight table; each counts 1 however often it occurs, divided by the square root of their number. One kernel
+(native/linear.c) finds them, for training and for scores. Training is AdaGrad over shuffled documents, one at a time,
+seeded. A model is a folder: `model.json`, `weights.npy`, no pickle.
 """
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,21 +16,26 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from data_pipeline.dedup.minhash import MinHash
+from data_pipeline.dedup.words import WORDS_A_BYTE, folding
+from data_pipeline.native.library import kernels
 from data_pipeline.score.base import Scores
 from megatron_joy.data.atomic import atomic_file, write_atomically
 from megatron_joy.errors import UserError
 
+Places = npt.NDArray[np.uint32]
 BITS = 18
 GRAMS = (1, 2)
 MODEL, WEIGHTS = "model.json", "weights.npy"
 
 
-def features(text: bytes, bits: int) -> npt.NDArray[np.int64]:
-    """The places [features] of a UTF-8 text's words and pairs of words, each once."""
-    parts = [MinHash(gram=gram).all_shingles(text) for gram in GRAMS]
-    hashes = np.concatenate(parts) >> np.uint64(64 - bits)
-    return np.unique(hashes).astype(np.int64)
+def features(text: str, bits: int) -> Places:
+    """The places [features] of a text's words and pairs of words, ascending, each once."""
+    content = text.encode()
+    places = np.empty(min(2 * WORDS_A_BYTE * (len(content) + 1), 1 << bits), dtype=np.uint32)
+    count = kernels().joy_places(content, len(content), *folding().addresses, bits, places.ctypes.data)
+    if count < 0:
+        raise MemoryError
+    return np.sort(places[:count])
 
 
 @dataclass(frozen=True)
@@ -49,25 +56,50 @@ class LinearScorer:
         """Binary logarithm of the table's size."""
         return len(self.weights).bit_length() - 1
 
-    def _logit(self, text: str) -> float:
-        places = features(text.encode(), self.bits)
-        return float(self.weights[places].sum() / np.sqrt(max(1, len(places)))) + self.bias
+    @cached_property
+    def address(self) -> int:
+        """For kernels: where the weights lie."""
+        return self.weights.ctypes.data
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for weights that kernels would read wrongly."""
+        weights = self.weights
+        plain = weights.dtype == np.float32 and weights.flags.c_contiguous and weights.ndim == 1
+        if not (plain and 1 <= len(weights) <= 1 << 32):
+            raise ValueError(f"weights are {weights.dtype} {list(weights.shape)}, expected float32 [2 ** bits]")
+
+    def _sum(self, text: str) -> float:
+        content, found = text.encode(), ctypes.c_double()
+        if kernels().joy_linear(content, len(content), *folding().addresses, self.bits, self.address, found):
+            raise MemoryError
+        return found.value
+
+    def chances(self, sums: npt.NDArray[np.float64]) -> Scores:
+        """float32 from 0 to 1 of the sums of weights that kernels give."""
+        return (1 / (1 + np.exp(-(sums + self.bias)))).astype(np.float32)
 
     def score(self, texts: Sequence[str]) -> Scores:
         """float32 [texts, 1] from 0 to 1."""
-        logits = np.array([self._logit(text) for text in texts], dtype=np.float64)
-        return (1 / (1 + np.exp(-logits))).astype(np.float32).reshape(-1, 1)
+        return self.chances(np.array([self._sum(text) for text in texts], dtype=np.float64)).reshape(-1, 1)
 
 
 def train_linear(
     name: str, positive: Sequence[str], negative: Sequence[str], epochs: int = 5, seed: int = 1, bits: int = BITS
 ) -> LinearScorer:
     """Train on texts of both kinds; each kind weighs the same. Raises UserError when a kind has no text."""
+    good, bad = ([features(text, bits) for text in kind] for kind in (positive, negative))
+    return train_on_features(name, good, bad, epochs, seed, bits)
+
+
+def train_on_features(
+    name: str, positive: Sequence[Places], negative: Sequence[Places], epochs: int = 5, seed: int = 1, bits: int = BITS
+) -> LinearScorer:
+    """The same, of texts whose features are known."""
     if not positive or not negative:
         raise UserError(
             f"training {name}: {len(positive)} positive and {len(negative)} negative texts; give both kinds"
         )
-    rows = [features(text.encode(), bits) for text in (*positive, *negative)]
+    rows = [*positive, *negative]
     labels = np.array([1.0] * len(positive) + [0.0] * len(negative))
     balance = np.where(labels > 0, len(rows) / (2 * len(positive)), len(rows) / (2 * len(negative)))
     weights, squares = np.zeros(1 << bits), np.full(1 << bits, 1e-8)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import orjson
 
-from data_pipeline.score.linear import LinearScorer, save_linear, train_linear
+from data_pipeline.score.base import Scores
+from data_pipeline.score.linear import save_linear, train_linear
 from megatron_joy.errors import UserError, exit_code
 
 HELD_OUT = 10
@@ -32,9 +33,8 @@ def read_texts(path: Path, field: str) -> list[str]:
     return found
 
 
-def accuracy(scorer: LinearScorer, positive: Sequence[str], negative: Sequence[str]) -> float:
-    """Share of pairs, one of each kind, that the scorer puts in the right order (area under the ROC curve)."""
-    good, bad = scorer.score(positive)[:, 0], scorer.score(negative)[:, 0]
+def area_under_curve(good: Scores, bad: Scores) -> float:
+    """Share of pairs, one score of each kind, that are in the right order (the area under the ROC curve)."""
     wins = (good[:, None] > bad[None, :]).mean() + 0.5 * (good[:, None] == bad[None, :]).mean()
     return float(wins)
 
@@ -57,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
     result = {
         "trained_on": [len(kind) for kind in kept],
         "held_out": [len(kind) for kind in held],
-        "area_under_curve": accuracy(scorer, *held) if all(held) else None,
+        "area_under_curve": area_under_curve(*(scorer.score(kind)[:, 0] for kind in held)) if all(held) else None,
     }
     print(orjson.dumps(result).decode())
     return 0

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import numpy as np
 import pytest
 
 from data_pipeline.chunk import chunks, estimated_tokens
+from data_pipeline.clean.noise import line_chances
 from data_pipeline.code.imports import imports_of
 from data_pipeline.code.languages import LANGUAGES, language_named, language_of
 from data_pipeline.code.licence import recognised, tagged
@@ -25,6 +27,7 @@ from data_pipeline.pii.scan import Scan
 from data_pipeline.pii.secrets import find_secrets
 from data_pipeline.readers.files import without_front_matter
 from data_pipeline.score.heuristic import HeuristicScorer
+from data_pipeline.score.linear import LinearScorer
 from data_pipeline.tokenizer import without_long_words
 from data_pipeline.transform.base import Draft
 from data_pipeline.transform.registry import KINDS
@@ -102,12 +105,15 @@ MORE = (
 # Kinds that are asked for with files are tested with them; pages have a limit of their own, in a process of their own.
 BLOCKS = sorted(set(KINDS) - {"url_blocklist", "site_lines", "noise", "extract"})
 PARSED = sorted(language.name for language in LANGUAGES if language.trivial or language.name in ("json", "toml", "xml"))
+LINEAR = LinearScorer("any", np.ones(1 << 16, dtype=np.float32), 0.0)
 OTHERS: dict[str, Callable[[str], object]] = {
     "licence": lambda text: (tagged(text), recognised(text)),
     "chunk": lambda text: list(chunks(text, 4096, estimated_tokens)),
     "front matter": lambda text: without_front_matter(text.encode()),
     "spans of lines": lambda text: span_rows(0, text.encode(), SpanSettings()),
     "heuristic": lambda text: HeuristicScorer().score([text]),
+    "linear": lambda text: LINEAR.score([text]),
+    "noise": lambda text: line_chances(LINEAR, text),
     "long words": lambda text: list(without_long_words([text])),
 }
 

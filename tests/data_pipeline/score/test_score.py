@@ -10,15 +10,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from data_pipeline.score.base import Bounds, reasons
 from data_pipeline.score.classifier import ClassifierScorer
 from data_pipeline.score.endpoint import EndpointScorer
 from data_pipeline.score.heuristic import HeuristicScorer
-from data_pipeline.score.linear import load_linear, save_linear, train_linear
+from data_pipeline.score.linear import LinearScorer, features, load_linear, save_linear, train_linear
 from data_pipeline.score.train import run as train_command
 from megatron_joy.errors import UserError, WorkError
 from tests.data_pipeline.corpora import texts, write_jsonl
+from tests.data_pipeline.score import slow_linear
 
 PROSE = "The history of the town begins with the river, and that is what the people have to be grateful for.\n"
 MENU = "Home | Login | Buy now!!! | $$$ | 10% | Cart (0)\n"
@@ -64,6 +67,31 @@ def test_a_trained_linear_model_tells_kinds_apart_and_survives_its_folder(tmp_pa
     assert np.array_equal(held, scorer.score([*good[200:], *bad[200:]])[:, 0])
     assert ((held[:100] > 0.5).mean() + (held[100:] < 0.5).mean()) / 2 > 0.9
     assert scorer.weights.tolist() == train_linear("kind", good[:200], bad[:200], bits=14).weights.tolist()
+
+
+WEIGHTS = {bits: np.random.default_rng(bits).normal(size=1 << bits).astype(np.float32) for bits in (0, 3, 12, 18)}
+WORDS = st.sampled_from([*"aé文㌖ﷺ.½ -\u00ad😀", "word ", "Straße ", "\n", "two words, ", "１２ "])
+
+
+@settings(max_examples=150, deadline=None)
+@example(" ".join(map(str, range(700))))  # more words than are hashed at a time
+@example("㌖" * 400)
+@example("")
+@given(st.one_of(st.text(max_size=80), st.lists(WORDS, max_size=60).map("".join)))
+def test_features_and_scores_of_any_text_are_those_of_plain_python(text: str) -> None:
+    for bits, weights in WEIGHTS.items():
+        assert features(text, bits).tolist() == slow_linear.features(text, bits)
+        found = LinearScorer("any", weights, -0.1).score([text, ""])
+        assert found[:, 0] == pytest.approx([slow_linear.chance(one, weights, -0.1) for one in (text, "")], abs=1e-6)
+        assert found.dtype == np.float32
+
+
+@pytest.mark.parametrize("weights", [np.zeros(0), np.zeros((4, 4)), np.array(1.0), np.array(["a"])])
+def test_weights_of_another_shape_are_one_line(weights: np.ndarray, tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text('{"name": "a", "bias": 0.0}')
+    np.save(tmp_path / "weights.npy", weights)
+    with pytest.raises(UserError, match="no linear model"):
+        load_linear(tmp_path)
 
 
 def test_the_training_command_writes_a_model_and_says_how_good_it_is(
