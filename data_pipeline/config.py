@@ -20,7 +20,7 @@ from megatron_joy.errors import UserError
 from megatron_joy.recipe.dump import format_value
 from megatron_joy.recipe.fields import section_of, type_text
 from megatron_joy.recipe.load import read_overrides
-from megatron_joy.recipe.schema import NonNegativeInt, PositiveFloat, PositiveInt, Section
+from megatron_joy.recipe.schema import NonNegativeInt, PositiveFloat, PositiveInt, Section, Seed
 
 SHIPPED = Path(__file__).parent / "pipelines"
 ReaderName = Literal[
@@ -146,7 +146,9 @@ class OutputSection(Section):
 
     folder: str = Field(description="Where, relative to where you start.")
     validation_share: Share = Field(0.01, description="Share of documents, chosen by a hash of their text.")
-    shard_megabytes: PositiveFloat = Field(256.0, description="Text of one shard; a worker holds one in memory.")
+    shard_megabytes: Annotated[float, Field(ge=1e-6)] = Field(
+        256.0, description="Text of one shard; a worker holds one in memory."
+    )
     shuffle: bool = Field(
         True,
         description="Globally, by a hash. Without it documents stay in the order of the inputs and copies are kept.",
@@ -159,7 +161,7 @@ class Pipeline(Section):
 
     name: Name = Field(description="The pipeline's name, and its shard sets' in blends and reports.")
     description: str = Field("", description="What it is for, in a line.")
-    seed: NonNegativeInt = Field(1234, description="Order of documents follows from it; the split does not.")
+    seed: Seed = Field(1234, description="Order of documents follows from it; the split does not.")
     max_document_megabytes: PositiveFloat = Field(32.0, description="Longer records are put aside as too_large.")
     sources: list[SourceSection] = Field(min_length=1, description="What is read, in order of precedence.")
     transforms: list[AnyTransform] = Field(
@@ -258,11 +260,13 @@ def _describe(complaint: Mapping[str, Any], table: dict[str, Any]) -> str:
         near = difflib.get_close_matches(str(last), fields, n=1, cutoff=0.0)[0]
         above = "".join(f"{part}." for part in parents)
         return f"{key} = {format_value(_value_at(table, path))}: unknown key; the nearest known key is {above}{near}"
-    info = fields.get(str(last))
+    info = fields.get(str(parents[-1] if isinstance(last, int) and parents else last))  # of a list: the list's field
     want = f"{type_text(info.annotation, info.metadata)}: {info.description or 'a table'}" if info else "a table"
     if complaint["type"] == "missing":
         return f"{key}: missing; give it a value ({want})"
-    return f"{key} = {format_value(_value_at(table, path))}: expects {want}"
+    found = _value_at(table, path)
+    brackets = f"; write [[{key}]]" if isinstance(found, dict) and want.startswith("list of table") else ""
+    return f"{key} = {format_value(found)}: expects {want}{brackets}"
 
 
 def _source_problems(pipeline: Pipeline) -> Iterator[str]:
@@ -292,6 +296,8 @@ def _tokenizer_problems(section: TokenizerSection) -> Iterator[str]:
             yield f"tokenizer.{dead}: has no effect without tokenizer.vocab_size (training one); remove it"
     elif not section.special_tokens:
         yield "tokenizer.special_tokens: empty; give at least the token that ends a document"
+    elif "" in section.special_tokens:
+        yield 'tokenizer.special_tokens: "" is no token; remove it'
     elif section.vocab_size < BYTES + len(section.special_tokens):
         least = BYTES + len(section.special_tokens)
         yield f"tokenizer.vocab_size = {section.vocab_size}: expects {least} or more (every byte, the special tokens)"
@@ -321,6 +327,15 @@ def _repeated_lines_problems(section: RepeatedLinesSection) -> Iterator[str]:
             yield f"repeated_lines.{dead}: has no effect without repeated_lines.enabled = true; set that"
 
 
+def _unreached(key: str, section: TransformSection, before: Sequence[AnyTransform]) -> Iterator[str]:
+    """Languages of a transform that those before it let none through of."""
+    kept = [earlier.keep for earlier in before if earlier.kind == "language"]
+    if kept and all(kept):
+        for language in section.languages:
+            if not any(language in keep for keep in kept):
+                yield f'{key}.languages: "{language}" has no effect, language.keep drops it; add it there'
+
+
 def _transform_problems(pipeline: Pipeline) -> Iterator[str]:
     labels = [section.label for section in pipeline.transforms]
     known = [source.name for source in pipeline.sources]
@@ -336,6 +351,7 @@ def _transform_problems(pipeline: Pipeline) -> Iterator[str]:
             yield f"{key}.{problem}"
         if section.languages and not any(before.kind == "language" for before in pipeline.transforms[:number]):
             yield f'{key}.languages: has no effect without a transform kind = "language" before it; add one'
+        yield from _unreached(key, section, pipeline.transforms[:number])
         own = [source for source in pipeline.sources if not section.sources or source.name in section.sources]
         if section.needs_url and not any(source.reader == "warc" or source.url_field for source in own):
             yield f"{key}: has no effect on sources without URLs; set url_field of a source, or remove it"

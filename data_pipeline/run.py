@@ -23,6 +23,7 @@ from data_pipeline.engine import (
 from data_pipeline.finish import tidy
 from data_pipeline.local import LocalPool
 from data_pipeline.pool import Pool
+from data_pipeline.score.scorers import check_models
 from data_pipeline.slurm import Scripts, follow, plain_script, refuse_second_submission, submit
 from data_pipeline.stages import STAGES, check_tokenizer
 from megatron_joy.errors import UserError, WorkError
@@ -95,6 +96,7 @@ def run_pipeline(
         pipeline = load_pipeline(name_or_path, overrides)
         check_owner(pipeline)
         check_tokenizer(pipeline)
+        check_models(pipeline)
         job = Job(pipeline, make_plan(pipeline))
         with sole_run(pipeline.folder):
             try:
@@ -158,6 +160,7 @@ def _run_under_slurm(
     pipeline = load_pipeline(name_or_path, overrides)
     check_owner(pipeline)
     check_tokenizer(pipeline)
+    check_models(pipeline)
     job = Job(pipeline, make_plan(pipeline))
     with sole_run(pipeline.folder):
         refuse_second_submission(pipeline.folder)

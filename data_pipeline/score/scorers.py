@@ -67,6 +67,13 @@ def make_scorer(section: "ScoreSection") -> Scorer:
     return scorer
 
 
+def check_models(pipeline: "Pipeline") -> None:
+    """Raises UserError for a linear model that is not there: that should not come up after all inputs were read."""
+    for section in pipeline.score:
+        if section.scorer == "linear":
+            make_scorer(section)
+
+
 def model_fingerprint(folder: str | None) -> Any:
     """What of a model's folder its scores depend on; None without one."""
     if folder is None:

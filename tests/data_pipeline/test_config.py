@@ -75,12 +75,38 @@ def test_all_errors_come_at_once_and_name_the_nearest_key(tmp_path: Path) -> Non
         ("output.validation_share=1.0", "output.validation_share"),
         ("output.shard_megabytes=0.0", "output.shard_megabytes"),
         ("output.shard_megabytes=inf", "output.shard_megabytes"),
+        ("output.shard_megabytes=1e-9", "output.shard_megabytes = 1e-09: expects float >= 1e-06"),
+        ("seed=99999999999999999999", "seed = 99999999999999999999: expects int >= 0 and < 9223372036854775808"),
+        ("sources={name=1}", "expects list of table: What is read, in order of precedence.; write [[sources]]"),
+        ("sources.0.max_megabytes=true", "sources.0.max_megabytes"),
+        ('tokenizer.special_tokens=["<e>", ""]', 'tokenizer.special_tokens: "" is no token; remove it'),
+        ("tokenizer.special_tokens=[3]", "tokenizer.special_tokens.0 = 3: expects list of text: First entries"),
+        (
+            'transforms=[{kind="pii", kinds=["mail"]}]',
+            'transforms.0.kinds.0 = "mail": expects list of "email" or "phone"',
+        ),
+        (
+            'transforms=[{kind="language", keep=["en"]}, {kind="c4", languages=["en", "de"]}]',
+            'transforms.1.languages: "de" has no effect, language.keep drops it; add it there',
+        ),
+        ('transforms=[{kind="gopher_quality", most_words=9}]', "transforms.0.most_words = 9: below least_words = 50"),
+        (
+            'transforms=[{kind="gopher_quality", longest_mean=2.0}]',
+            "transforms.0.longest_mean = 2.0: below shortest_mean = 3.0; nothing would be left",
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_refused(override: str, says: str) -> None:
     with pytest.raises(UserError) as error:
         load_pipeline("demo", [override])
     assert says in str(error.value), str(error.value)
+
+
+def test_languages_may_be_those_that_any_language_transform_lets_through() -> None:
+    """Each may be for sources of its own, and one without `keep` lets all through."""
+    for keeps in ('keep=["de"]', "keep=[]"):
+        first, second = '{kind="language", name="a", keep=["en"]}', f'{{kind="language", name="b", {keeps}}}'
+        load_pipeline("demo", [f'transforms=[{first}, {second}, {{kind="c4", languages=["en", "de"]}}]'])
 
 
 def test_a_missing_or_broken_file_is_one_line(tmp_path: Path) -> None:

@@ -103,6 +103,8 @@ def test_categories_choose_folders_and_a_changed_list_is_another_input(lists: Pa
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r'language\.keep: "english" is no language of the model; give ISO 639 codes'):
+        LanguageSection(kind="language", keep=["en", "english"]).make()
     with pytest.raises(UserError, match="nowhere: cannot be read"):
         UrlBlocklistSection(kind="url_blocklist", paths=["nowhere"]).make()
     (tmp_path / "empty").touch()

@@ -189,5 +189,5 @@ def test_labels_that_do_not_fit_are_one_line(tmp_path: Path, content: str, says:
 
 
 def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no linear model"):
+    with pytest.raises(UserError, match=r"no linear model .*train_noise"):
         NoiseSection(kind="noise", model=str(tmp_path)).make()

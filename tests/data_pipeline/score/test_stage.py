@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.config import load_pipeline
+from data_pipeline.run import run_pipeline
 from data_pipeline.score.heuristic import HeuristicScorer
 from data_pipeline.score.linear import LinearScorer, save_linear, train_linear
 from data_pipeline.score.stage import count_values, score_texts
@@ -152,6 +153,13 @@ def test_a_setting_that_cannot_work_is_refused_with_its_fix(
     with pytest.raises(UserError, match="pipeline") as error:
         load_pipeline(str(path))
     assert says in str(error.value)
+
+
+def test_a_model_that_is_not_there_is_known_before_anything_is_read(corpus: Path, tmp_path: Path) -> None:
+    extra = f'[[score]]\nname = "s"\nscorer = "linear"\nfolder = "{tmp_path}/none"\n'
+    with pytest.raises(UserError, match=r"none: no linear model \(No such file or directory\); train one"):
+        run_pipeline(str(write_pipeline(corpus, tmp_path / "out", extra)), workers=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_that_is_not_there_is_one_line(corpus: Path, tmp_path: Path) -> None:
