@@ -22,6 +22,7 @@ Signatures = npt.NDArray[np.uint32]
 Hashes = npt.NDArray[np.uint64]
 Numbers = npt.NDArray[np.int64]
 GRAM = 7
+MOST_WORDS = 64  # of a shingle; as in native/kernels.c
 PERMUTATIONS = 128
 EMPTY = np.uint32(0xFFFFFFFF)  # every entry of the signature of a text without words
 
@@ -48,6 +49,10 @@ class MinHash:
     permutations: int = PERMUTATIONS
     seed: int = 1
     _folding: Folding = field(default_factory=folding, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.gram <= MOST_WORDS:
+            raise ValueError(f"gram = {self.gram}: a shingle has 1 to {MOST_WORDS} words")
 
     @cached_property
     def _coefficients(self) -> tuple[Signatures, Signatures]:

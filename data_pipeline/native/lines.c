@@ -6,8 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FNV_OFFSET 0xCBF29CE484222325ull
-#define FNV_PRIME 0x100000001B3ull
+#include "folding.h"
 
 /* The bytes of the white space at `at`, 0 where there is none; a line feed is one. */
 static inline int space(const uint8_t *at, const uint8_t *end) {
@@ -19,16 +18,6 @@ static inline int space(const uint8_t *at, const uint8_t *end) {
     int blank = point == 0x1680 || (point >= 0x2000 && point <= 0x200A) || point == 0x2028 || point == 0x2029 ||
                 point == 0x202F || point == 0x205F || point == 0x3000;
     return blank ? 3 : 0;
-}
-
-/* The finaliser of MurmurHash3: each bit of the result depends on each bit of x. */
-static inline uint64_t mixed(uint64_t x) {
-    x ^= x >> 33;
-    x *= 0xFF51AFD7ED558CCDull;
-    x ^= x >> 33;
-    x *= 0xC4CEB9FE1A85EC53ull;
-    x ^= x >> 33;
-    return x;
 }
 
 /* The lines of text [bytes] that have a word: a hash of the normal form, its bytes, and the line's number, each [lines]
@@ -75,7 +64,7 @@ int64_t joy_spans(const uint64_t *hashes, const int64_t *sizes, int64_t lines, i
         uint64_t hash = 0;
         int64_t size = length - 1;
         for (int64_t step = 0; step < length; step++) {
-            hash = mixed(hash ^ hashes[start + step]);
+            hash = mix(hash ^ hashes[start + step]);
             size += sizes[start + step];
         }
         if (size < least) continue;

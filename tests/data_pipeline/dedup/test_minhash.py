@@ -155,3 +155,10 @@ def test_what_signatures_depend_on_is_in_the_fingerprint() -> None:
     methods = [MinHash(), MinHash(gram=5), MinHash(permutations=64), MinHash(seed=2)]
     assert len({method.fingerprint for method in methods}) == 4
     assert MinHash().fingerprint == MinHash().fingerprint
+
+
+@pytest.mark.parametrize("gram", [0, 65])
+def test_shingles_that_the_kernel_has_no_room_for_are_refused(gram: int) -> None:
+    assert len(MinHash(gram=64).all_shingles(b"w " * 70)) == 70 - 64 + 1
+    with pytest.raises(ValueError, match=f"gram = {gram}: a shingle has 1 to 64 words"):
+        MinHash(gram=gram)
