@@ -89,6 +89,6 @@ def history(folder: Path, origin: DocumentOrigin, text: str) -> list[dict[str, A
     except WorkError as error:
         raise UserError(str(error)) from None
     raise UserError(
-        f"{origin.file}: its record at byte {origin.offset} is gone or gives another text now; the document's history "
-        "needs the inputs as they were"
+        f"{origin.file}: its record at offset {origin.offset} is gone or gives another text now; "
+        "the document's history needs the inputs as they were"
     )

@@ -166,7 +166,8 @@ def _run_under_slurm(
         refuse_second_submission(pipeline.folder)
         engine, left = _prepare(job)
         jobs = submit(engine, left, name_or_path, overrides, workers, scripts) if left else []
-    follow(engine, left, jobs, on_progress)
+    if left:
+        follow(engine, left, jobs, on_progress)
     return _outcome(job, sum(len(shards) for _, shards in left))
 
 

@@ -54,7 +54,7 @@ FUNCTIONS = {
 
 @cache
 def kernels() -> ctypes.CDLL:
-    """The library, loaded once. Raises UserError when it was not built."""
+    """The library, loaded once. Raises UserError when it was not built, or from sources of another day."""
     found = importlib.util.find_spec("data_pipeline.native._kernels")
     if found is None or found.origin is None:
         raise UserError(
@@ -63,7 +63,9 @@ def kernels() -> ctypes.CDLL:
         )
     library = ctypes.CDLL(found.origin)
     for name, (result, arguments) in FUNCTIONS.items():
-        function = getattr(library, name)  # kept by the library, unlike library[name]
+        function = getattr(library, name, None)  # kept by the library, unlike library[name]
+        if function is None:
+            raise UserError(f"{found.origin}: built from other sources, it has no {name}; run `make setup`")
         function.restype = result
         function.argtypes = arguments
     return library

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A shard set, or the
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 SITE = "JOY_SITE"
 EXECUTOR_NAMES = "|".join(EXECUTORS)
+# Control characters but for tabs and line ends, and those that turn the direction of writing.
+STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 MOST_COUNTS = 8  # lines that a step's own counts take in a terminal
 
 
@@ -247,7 +250,7 @@ def inspect_command(
     origin = report["origin"] or {}
     print(f"document {doc}: {report['shard']} document {report['document']}, {len(report['tokens'])} tokens")
     for key, value in origin.items():
-        print(f"{key + ':':<12}{value}")
+        print(f"{key + ':':<12}{_shown(str(value))}")
     for step in report["history"] or ():
         change = ", changed by it" if step["changed"] else ""
         print(f"{'after:':<12}{step['step']}, {step['bytes']:,} bytes{change}")
@@ -255,7 +258,12 @@ def inspect_command(
         print(f"{'score:':<12}{column} {'missing' if value is None else f'{value:.4g}'}")
     if report["history_missing"]:
         print(f"note: {report['history_missing']}", file=sys.stderr)
-    print(f"\n{report['text']}\n\n{' '.join(map(str, report['tokens']))}")
+    print(f"\n{_shown(report['text'])}\n\n{' '.join(map(str, report['tokens']))}")
+
+
+def _shown(text: str) -> str:
+    """A document's text with what would steer a terminal written out: pages of a crawl may hold anything."""
+    return STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _history(folder: Path, origin: dict[str, Any] | None, text: str) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def read_overrides(overrides: Sequence[str], base: dict[str, Any]) -> tuple[dict
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not all(key.strip().split(".")):
-            raise UserError(f"override {text!r}: expects key.path=value, as train.steps=100")
+            raise UserError(f"override {text!r}: expects key.path=value, as seed=7")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:

@@ -230,7 +230,7 @@ def _samples(samples: Sequence[dict[str, Any]]) -> Iterator[str]:
         reasons.setdefault(row["reason"], []).append(row)
     for number, (reason, rows) in enumerate(reasons.items()):
         body = "".join(
-            f'<div class="sample"><p>{escape(str(row["source"]))} · {escape(str(row["file"]))} at byte '
+            f'<div class="sample"><p>{escape(str(row["source"]))} · {escape(str(row["file"]))} at offset '
             f"{row['offset']:,} · {row['characters']:,} characters</p><pre>{escape(row['excerpt'])}</pre></div>"
             for row in rows
         )

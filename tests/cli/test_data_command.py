@@ -99,3 +99,26 @@ def test_tokenizer_train_writes_a_folder_that_loads(
     assert "put aside: 1 not_utf8" in text
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
     assert main([*arguments, str(tmp_path / "new")]) == 2
+
+
+def test_inspect_writes_out_what_would_steer_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "red \x1b[31m title \x1b]0;x\x07 over\rwritten \u202eturned\n\tcaf\u00e9 \u4e2d [bold]"
+    documents = [hostile, *texts(20)]
+    write_jsonl(tmp_path / "in" / "a.jsonl", documents)
+    pipeline = write_pipeline(tmp_path / "in", tmp_path / "out")
+    assert main(["data", "run", str(pipeline), "output.validation_share=0.0", "--workers", "1"]) == 0
+    capsys.readouterr()
+    found = ""
+    for number in range(len(documents)):
+        assert main(["data", "inspect", str(tmp_path / "out" / "train"), "--doc", str(number)]) == 0
+        found += capsys.readouterr().out
+    assert r"red \x1b[31m title \x1b]0;x\x07 over\rwritten \u202eturned" in found
+    assert "\tcaf\u00e9 \u4e2d [bold]" in found
+    assert not {"\x1b", "\x07", "\r", "\u202e"} & set(found)
+
+
+def test_a_finished_run_under_slurm_submits_nothing(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline = out.parent / "in" / "pipeline.toml"
+    arguments = ["data", "run", str(pipeline), "sources.0.licence_field=licence", "--executor", "slurm"]
+    assert main(arguments) == 0
+    assert "0 tasks done" in capsys.readouterr().out

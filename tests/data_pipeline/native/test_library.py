@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_pipeline.native import library
 from data_pipeline.native.library import kernels
 from megatron_joy.errors import UserError
 
@@ -21,6 +22,16 @@ def test_a_library_that_was_not_built_is_one_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.undo()
     kernels.cache_clear()
     assert kernels() is kernels()
+
+
+def test_a_library_of_other_sources_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After sources were fetched and nothing was built."""
+    monkeypatch.setitem(library.FUNCTIONS, "joy_of_tomorrow", (None, []))
+    kernels.cache_clear()
+    with pytest.raises(UserError, match=r"built from other sources, it has no joy_of_tomorrow; run `make setup`"):
+        kernels()
+    monkeypatch.undo()
+    kernels.cache_clear()
 
 
 def test_counting_ids_equals_bincount_and_says_what_is_outside() -> None:
