@@ -64,7 +64,7 @@ data-plan: data-demo ## Extrapolate the demo's data run to 20 trillion tokens
 	@$(BIN)/joy plan --data data_pipeline/pipelines/demo.toml
 
 $(STAGE_TARGETS): data-%: data/stages/inputs
-	@$(BIN)/joy data run stage_$*
+	@$(BIN)/joy data run stage_$* >/dev/null # stats says the same and more
 	@$(BIN)/joy data stats data/stages/$*
 
 # Under another name until it is whole: an interrupted one must not pass for inputs.
