@@ -134,3 +134,45 @@ def test_mpi_without_ranks_is_refused_with_the_way_to_start_it(corpus: Path, tmp
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "mpiexec -n 9 joy data run" in done.stderr
+
+
+def kill_one(process: "subprocess.Popen[str]", title: str) -> None:
+    """Kill the last started process of a run whose command line has these words."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for found in reversed(psutil.Process(process.pid).children(recursive=True)):
+            try:
+                if title in " ".join(found.cmdline()):
+                    found.kill()
+                    return
+            except psutil.NoSuchProcess:
+                continue
+        time.sleep(0.01)
+    raise AssertionError(f"no process is called {title}")
+
+
+@pytest.mark.parametrize(
+    ("executor", "title", "goes_on"),
+    [("ray", "data_pipeline.worker", True), ("ray", "ray::Station", True), ("mpi", "--executor mpi", False)],
+)
+def test_one_killed_worker_costs_its_task_and_no_more(
+    executor: str, title: str, goes_on: bool, corpus: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    """Ray replaces it; MPI ends all ranks with it, and the next run goes on."""
+    pipeline = write_pipeline(corpus, tmp_path / "out").rename(tmp_path / "pipeline.toml")
+    process = start(executor, pipeline)
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "out").glob("work/tasks/*/*.json"))) < 4:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    kill_one(process, title)
+    _, errors = process.communicate(timeout=200)
+    assert (process.returncode == 0) == goes_on, errors
+    if not goes_on:
+        again = start(executor, pipeline)
+        output, errors = again.communicate(timeout=200)
+        assert again.returncode == 0, errors
+        assert "kept from an earlier run" in output
+    assert digests(tmp_path / "out") == undisturbed
+    assert not list((tmp_path / "out").rglob(".*partial*"))
