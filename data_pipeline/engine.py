@@ -216,12 +216,18 @@ class Engine:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Each stage's fingerprint: its version and settings, on top of those of all stages before it."""
+        """Each stage's fingerprint: its version and settings, on top of those of all stages before it.
+
+        One without tasks and settings is passed over: a stage that somebody else needs costs this run nothing.
+        """
         fingerprint = self.job.plan.fingerprint
         found = {}
         for stage in self.stages.values():
-            content = orjson.dumps([fingerprint, stage.name, stage.version, stage.settings(self.job)])
-            fingerprint = found[stage.name] = hashlib.sha256(content).hexdigest()
+            settings = stage.settings(self.job)
+            if settings is not None or stage.shards(self.job):
+                content = orjson.dumps([fingerprint, stage.name, stage.version, settings])
+                fingerprint = hashlib.sha256(content).hexdigest()
+            found[stage.name] = fingerprint
         return found
 
     def record(self, stage: str, shard: int) -> dict[str, Any] | None:

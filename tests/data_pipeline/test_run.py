@@ -17,10 +17,11 @@ import pytest
 
 from data_pipeline import read, write
 from data_pipeline.encode import OracleDifference
-from data_pipeline.engine import Engine, statistics_of
+from data_pipeline.engine import Engine, Stage, TaskResult, statistics_of
 from data_pipeline.finish import close_accounts, tidy, unigram_entropy
 from data_pipeline.run import run_pipeline
 from data_pipeline.spool import text_hash
+from data_pipeline.stages import STAGES
 from megatron_joy.data.manifest import load_manifest
 from megatron_joy.data.provenance import read_origins
 from megatron_joy.data.shards import ShardReader
@@ -259,6 +260,22 @@ def test_a_change_redoes_what_it_touches_and_keeps_the_rest(corpus: Path, tmp_pa
     assert left("seed=5") == ["write", "finish"]
     assert left("tokenizer.vocab_size=310") == ["tokenizer", "write", "finish"]
     assert left("max_document_megabytes=1") == ["read", "tokenizer", "write", "finish"]
+
+
+@pytest.mark.parametrize("place", [1, 5])
+def test_a_new_stage_redoes_nothing_of_a_run_that_does_not_use_it(corpus: Path, tmp_path: Path, place: int) -> None:
+    """A run of days that goes on with newer code."""
+    pipeline = write_pipeline(corpus, tmp_path, keep_work=True)
+    run_inline(pipeline)
+    job = plan_inline(pipeline).job
+
+    def left(settings: Any, tasks: int) -> list[str]:
+        new = Stage("new", "new", 1, (), lambda job: settings, lambda job: tasks, lambda job, shard: TaskResult([], {}))
+        return [stage for stage, _ in Engine(job, [*STAGES[:place], new, *STAGES[place:]]).unfinished()]
+
+    assert left(None, 0) == []
+    assert "write" in left("what a stage after it depends on", 0)
+    assert "write" in left(None, 1)
 
 
 def test_what_was_tidied_away_is_made_again_when_it_is_needed(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
