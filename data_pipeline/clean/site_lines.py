@@ -63,8 +63,9 @@ class SiteLinesSection(TransformSection):
         try:
             hashes = np.load(Path(self.lines) / HASHES, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
+            cause = error.strerror if isinstance(error, OSError) else error
             raise UserError(
-                f"{self.lines}: no list of lines ({error}); make one: python -m data_pipeline.clean.find_site_lines"
+                f"{self.lines}: no list of lines ({cause}); make one: python -m data_pipeline.clean.find_site_lines"
             ) from None
         return _SiteLines(hashes)
 
