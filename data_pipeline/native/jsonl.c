@@ -57,15 +57,15 @@ static inline void put_point(Cursor *c, uint32_t point) {
 
 /* What follows a backslash. NULs are unusual in text, and half of a surrogate pair is no text. */
 static inline int take_escape(Cursor *c) {
-    static const char names[] = "\"\\/bfnrt", values[] = "\"\\/\b\f\n\r\t";
-    uint8_t name = c->at[1];
-    if (name != 'u') {
-        const char *found = memchr(names, name, 8);
-        if (!found) return 0;
-        *c->out++ = (uint8_t)values[found - names];
+    static const uint8_t values[256] = {['"'] = '"',  ['\\'] = '\\', ['/'] = '/',  ['b'] = '\b',
+                                        ['f'] = '\f', ['n'] = '\n',  ['r'] = '\r', ['t'] = '\t'};
+    uint8_t value = values[c->at[1]];
+    if (value) {
+        *c->out++ = value;
         c->at += 2;
         return 1;
     }
+    if (c->at[1] != 'u') return 0;
     int32_t point = unit(c->at + 2);
     if (point <= 0) return 0;
     c->at += 6;
@@ -210,10 +210,14 @@ static int skip_value(Cursor *c, int depth) {
     return end != NULL;
 }
 
-/* Whether a text surely has something to see: Python's own rule is for whoever parses the line wholly. */
+/* Whether a text surely has something to see: Python's own rule is for whoever parses the line wholly. Outside ASCII
+ * white space begins with C2, E1 9A, E2 80, E2 81 or E3 80.
+ */
 static int visible(const uint8_t *at, const uint8_t *end) {
     while (at < end && (*at == ' ' || (*at >= '\t' && *at <= '\r'))) at++;
-    return at < end && ((*at > ' ' && *at < 0x7F) || *at >= 0xE4);
+    if (at == end || *at <= ' ' || *at == 0x7F || *at == 0xC2) return 0;
+    if (*at < 0xE1 || *at > 0xE3) return 1;
+    return *at == 0xE1 ? at[1] != 0x9A : *at == 0xE2 ? at[1] != 0x80 && at[1] != 0x81 : at[1] != 0x80;
 }
 
 typedef struct {

@@ -126,6 +126,14 @@ def test_plain_records_are_taken() -> None:
             assert agrees(json.dumps(record, ensure_ascii=ascii_only).encode())
 
 
+def test_no_white_space_of_python_is_taken_for_text_and_letters_are() -> None:
+    points = [chr(point) for point in range(0x3100) if not 0xD800 <= point < 0xE000]
+    blank = [point for point in points if point.isspace()]
+    assert not any(agrees(json.dumps({"text": f" {point}\n"}).encode()) for point in blank)
+    assert not any(chr(point).isspace() for point in range(0x3100, 0x110000) if not 0xD800 <= point < 0xE000)
+    assert all(agrees(json.dumps({"text": f"\n{letter}"}).encode()) for letter in "aéЖאعहกაあア中한😀")
+
+
 @pytest.mark.parametrize("text", ["", " \n\u3000", "\u0085\u2029", "a\0b", "\x1c"])
 def test_texts_that_need_a_second_look_are_left(text: str) -> None:
     assert not agrees(json.dumps({"text": text}).encode())
