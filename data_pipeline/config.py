@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import Field, ValidationError
 
+from data_pipeline.dedup.bands import candidate_probability
 from data_pipeline.dedup.minhash import PERMUTATIONS
 from data_pipeline.score.scorers import section_columns
 from data_pipeline.transform.base import TransformSection
@@ -183,6 +184,7 @@ class Pipeline(Section):
         return Path(self.output.folder)
 
 
+LEAST_FOUND = 0.8  # of pairs at the threshold of near-duplicates that bands must find
 BYTES = 256  # a byte-level tokenizer has an entry for each
 READER_KEYS: dict[str, set[str]] = {
     "jsonl": {"paths", "text_field", "licence_field", "url_field"},
@@ -305,9 +307,20 @@ def _tokenizer_problems(section: TokenizerSection) -> Iterator[str]:
         yield f"tokenizer.eod_token = {format_value(section.eod_token)}: not in tokenizer.special_tokens; add it there"
 
 
+def _share_found(section: NearDuplicatesSection, bands: int) -> float:
+    return candidate_probability(section.threshold, bands, PERMUTATIONS // bands)
+
+
 def _near_duplicate_problems(section: NearDuplicatesSection) -> Iterator[str]:
-    if PERMUTATIONS % section.bands:
-        yield f"near_duplicates.bands = {section.bands}: does not divide {PERMUTATIONS}; take 8, 16 or 32"
+    bands = section.bands
+    if PERMUTATIONS % bands:
+        yield f"near_duplicates.bands = {bands}: does not divide {PERMUTATIONS}; take 8, 16 or 32"
+    elif section.enabled and bands < PERMUTATIONS and (found := _share_found(section, bands)) < LEAST_FOUND:
+        enough = next((more for more in (16, 32, 64) if _share_found(section, more) >= LEAST_FOUND), PERMUTATIONS)
+        yield (
+            f"near_duplicates.threshold = {section.threshold:g}: {bands} bands find {found:.1%} of such pairs, "
+            f"expected {LEAST_FOUND:.0%} or more; set near_duplicates.bands = {enough}, or a higher threshold"
+        )
     if not section.enabled:
         for dead in sorted(section.model_fields_set - {"enabled"}):
             yield f"near_duplicates.{dead}: has no effect without near_duplicates.enabled = true; set that"

@@ -25,7 +25,7 @@ HTML_SHARE, JSONL_SHARE, PARQUET_SHARE = 0.2, 0.2, 0.2  # of the size asked for;
 def html_pages(folders: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
     """(URL, HTML) of every page in these folders, in the system's documentation and in installed packages, in order."""
     packages = Path(os.__file__).parents[1]
-    for root in (*folders, *map(Path, HTML_ROOTS), packages):
+    for root in dict.fromkeys((*folders, *map(Path, HTML_ROOTS), packages)):  # one that is named twice is read once
         for path in sorted(root.rglob("*.html")):
             if path.is_file() and not path.is_symlink() and path.stat().st_size >= SMALLEST_PAGE:
                 yield f"http://docs.example/{path.relative_to(root).as_posix()}", path.read_bytes()

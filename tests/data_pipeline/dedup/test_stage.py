@@ -115,6 +115,15 @@ def test_documents_of_an_earlier_pipeline_come_first(corpus: tuple[Path, list[st
     [
         (["near_duplicates.threshold=0.8"], "near_duplicates.threshold: has no effect without"),
         ([NEAR, "near_duplicates.bands=7"], "near_duplicates.bands = 7: does not divide 128"),
+        (
+            [NEAR, "near_duplicates.threshold=0.6"],
+            "near_duplicates.threshold = 0.6: 16 bands find 23.7% of such pairs, expected 80% or more; set "
+            "near_duplicates.bands = 32, or a higher threshold",
+        ),
+        (
+            [NEAR, "near_duplicates.threshold=0.01", "near_duplicates.bands=64"],
+            "near_duplicates.threshold = 0.01: 64 bands find 0.6% of such pairs",
+        ),
         ([NEAR, "near_duplicates.threshold=1.5"], "near_duplicates.threshold = 1.5: expects"),
     ],
 )
