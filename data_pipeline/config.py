@@ -203,10 +203,16 @@ COMMON_KEYS = {"name", "reader", "licence", "max_megabytes", "chunk_tokens"}
 
 
 def pipeline_sha256(pipeline: Pipeline) -> str:
-    """Fingerprint of what determines the bytes of the shards; where they are written and by which engine does not."""
+    """Fingerprint of what determines the bytes of the shards; where they are written and by which engine does not.
+
+    Nor does a section that is off: one more of them in a later version changes nothing for runs of before.
+    """
     content = pipeline.model_dump(
         exclude={"encode": True, "output": {"folder", "keep_work"}, "near_duplicates": {"keep_signatures"}}
     )
+    for name in ("near_duplicates", "decontaminate", "repeated_lines"):
+        if not content[name]["enabled"]:
+            del content[name]
     return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 

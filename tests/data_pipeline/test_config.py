@@ -124,8 +124,15 @@ def test_overrides_change_one_key() -> None:
 
 
 def test_the_fingerprint_is_of_what_determines_the_bytes() -> None:
-    same = ["output.folder=elsewhere", "output.keep_work=true", "encode.check_every=1"]
-    other = ["seed=2", "tokenizer.vocab_size=9000", "output.validation_share=0.5", "sources.0.max_megabytes=1"]
+    same = ["output.folder=elsewhere", "output.keep_work=true", "encode.check_every=1", "repeated_lines.enabled=false"]
+    other = [
+        "repeated_lines.enabled=true",
+        "near_duplicates.enabled=true",
+        "seed=2",
+        "tokenizer.vocab_size=9000",
+        "output.validation_share=0.5",
+        "sources.0.max_megabytes=1",
+    ]
     base = pipeline_sha256(load_pipeline("demo"))
     assert {pipeline_sha256(load_pipeline("demo", [override])) for override in same} == {base}
     assert base not in (found := {pipeline_sha256(load_pipeline("demo", [override])) for override in other})
