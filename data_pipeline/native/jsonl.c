@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { DEEPEST = 16, MOST_FIELDS = 4, MOST_DIGITS = 15, SLACK = 32 };
+enum { DEEPEST = 16, MOST_DIGITS = 15 };
 enum { ROW_BEGIN = 0, ROW_END = 1, ROW_TAKEN = 2, ROW_FIELDS = 3 };
 
 /* Bytes side by side, in the compiler's own form of vectors: it knows what each machine has. */
@@ -17,7 +17,7 @@ typedef uint64_t Halves __attribute__((vector_size(16)));
 
 typedef struct {
     const uint8_t *at;
-    uint8_t *out; /* SLACK bytes behind what is written may be overwritten */
+    uint8_t *out; /* a vector of bytes behind what is written may be overwritten */
 } Cursor;
 
 static inline int hex(uint8_t digit) {
@@ -111,7 +111,7 @@ static inline int take_wide(Cursor *c) {
     return 1;
 }
 
-/* A string behind its opening quote, unescaped to `out`. 0: unusual. It reads no further than SLACK behind the line. */
+/* A string behind its opening quote, unescaped to `out`. 0: unusual. It reads no further than a vector behind the line. */
 static int take_string(Cursor *c) {
     for (;;) {
         Bytes bytes;
@@ -279,7 +279,8 @@ static int take_line(Cursor *c, const Fields *fields, const uint8_t *base, int64
 /* Whole lines of block [size], at most `most`; returns how many.
  *
  * Each gets a row [3 + 2 * fields]: where it begins and ends in the block, its line feed included; whether it was taken;
- * beginning and end of each wanted string in `out`, -1 where it has none. block and out [size] have SLACK bytes more.
+ * beginning and end of each wanted string in `out`, -1 where it has none. block and out [size] have 32 bytes more (SLACK
+ * in readers/lines.py).
  */
 int64_t joy_json_lines(const uint8_t *block, int64_t size, const uint8_t *names, const int64_t *ends, int count,
                        uint8_t *out, int64_t *rows, int64_t most) {

@@ -106,7 +106,8 @@ def test_languages_may_be_those_that_any_language_transform_lets_through() -> No
     """Each may be for sources of its own, and one without `keep` lets all through."""
     for keeps in ('keep=["de"]', "keep=[]"):
         first, second = '{kind="language", name="a", keep=["en"]}', f'{{kind="language", name="b", {keeps}}}'
-        load_pipeline("demo", [f'transforms=[{first}, {second}, {{kind="c4", languages=["en", "de"]}}]'])
+        override = f'transforms=[{first}, {second}, {{kind="c4", languages=["en", "de"]}}]'
+        assert load_pipeline("demo", [override]).transforms[2].languages == ["en", "de"]
 
 
 def test_a_missing_or_broken_file_is_one_line(tmp_path: Path) -> None:
