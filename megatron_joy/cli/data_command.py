@@ -187,7 +187,7 @@ def _counted(step: Step) -> Iterator[str]:
     """What a step counted by itself, the most frequent first; few lines, since there are 176 languages."""
     counts = sorted(step.counts.items(), key=lambda item: -item[1])
     for name, count in counts[:MOST_COUNTS]:
-        yield f"  {name}: {count:,}"
+        yield f"  {escape(name)}: {count:,}"
     if len(counts) > MOST_COUNTS:
         yield f"  and {len(counts) - MOST_COUNTS} more in {LEDGER_NAME}"
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from megatron_joy.cli.data_command import _steps
 from megatron_joy.cli.main import main
-from megatron_joy.data.ledger import Ledger, load_ledger
+from megatron_joy.cli.tables import console
+from megatron_joy.data.ledger import Ledger, Step, load_ledger
 from megatron_joy.data.manifest import load_manifest
 from megatron_joy.data.shards import ShardReader
 from megatron_joy.errors import UserError
@@ -188,3 +190,12 @@ def test_a_history_whose_input_has_changed_says_so(tmp_path: Path, capsys: pytes
             assert ("gives another text now" in said) == ("Text 3:" in report["text"])
             missing += bool(said)
     assert missing == 1
+
+
+def test_stats_prints_names_of_benchmarks_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """They are names of files, and square brackets are the terminal library's markup."""
+    counts = {"[red]exam[/red]": 3, **{f"quiz {number}": 1 for number in range(9)}}
+    step = Step(name="decontaminate", documents_in=12, documents_out=12, bytes_in=1, bytes_out=1, counts=counts)
+    console().print(_steps([step]))
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "[red]exam[/red]: 3" in lines and "and 2 more in ledger.json" in lines
