@@ -250,7 +250,8 @@ def inspect_command(
     origin = report["origin"] or {}
     print(f"document {doc}: {report['shard']} document {report['document']}, {len(report['tokens'])} tokens")
     for key, value in origin.items():
-        print(f"{key + ':':<12}{_shown(str(value))}")
+        if value is not None:
+            print(f"{key + ':':<12}{_shown(str(value))}")
     for step in report["history"] or ():
         change = ", changed by it" if step["changed"] else ""
         print(f"{'after:':<12}{step['step']}, {step['bytes']:,} bytes{change}")
